@@ -1,0 +1,34 @@
+# Each target installs what it needs into .venv first. Extra arguments: make demo ARGS="--json"
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint bench tiny
+
+demo: $(INSTALLED)
+	$(VENV)/bin/leapalign demo $(ARGS)
+
+test: $(INSTALLED)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(INSTALLED)
+	$(PY) benchmarks/leap_update.py $(ARGS)
+
+tiny: $(INSTALLED)
+	$(PY) -m leapalign.tiny.train $(ARGS)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# The order-only dependency keeps a newer interpreter from forcing a reinstall.
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/native/*) | $(PY)
+	$(PY) -m pip install -e '.[dev]' -c constraints.txt
+	touch $@
