@@ -1,0 +1,28 @@
+"""Kernels for trainers that backpropagate rewards through flow-matching samplers.
+
+Each op is one file: the formula, the reference in plain PyTorch, the kernels, and the function below, which
+checks its arguments and picks a backend. Nothing here needs `leapalign`.
+"""
+
+from ._dispatch import BackendUnavailable, Explanation, explain, use_backend
+from .combine_gradient_terms import combine_gradient_terms
+from .consistency_weighted_loss import consistency_weighted_loss
+from .euler_step import euler_step
+from .leap_distances import leap_distances
+from .leap_update import leap_update
+from .scale_gradient import scale_gradient
+from .stochastic_round import stochastic_round_
+
+__all__ = [
+    "BackendUnavailable",
+    "Explanation",
+    "combine_gradient_terms",
+    "consistency_weighted_loss",
+    "euler_step",
+    "explain",
+    "leap_distances",
+    "leap_update",
+    "scale_gradient",
+    "stochastic_round_",
+    "use_backend",
+]

@@ -1,0 +1,104 @@
+"""What the ops accept: latents, per-sample scalars, and the dtype that arithmetic on them runs in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+PerSample = float | Tensor
+"""A value per sample: a Python number, a 0-d tensor, or a tensor of shape (B,)."""
+
+
+def check_latents(op: str, same_dtype: bool = False, **tensors: Tensor | None) -> None:
+    """Check that the given tensors (None is skipped) are latents (B, ...) of one shape on one device.
+
+    Raises:
+        ValueError: on a dtype other than float32, bfloat16, float16 and float64, on a missing or empty
+            batch, and where shape or device (and, with `same_dtype`, dtype) differ from those of the first.
+    """
+    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+    first_name, first = given[0]
+    if first.ndim == 0 or first.numel() == 0:
+        raise ValueError(
+            f"{op} needs latents of shape (B, ...) with at least one element, but {first_name} has shape "
+            f"{tuple(first.shape)}."
+        )
+    for name, tensor in given:
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{op} takes float32, bfloat16, float16 and float64, but {name} is {_name(tensor.dtype)}.")
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"{op} needs tensors of one shape, but {first_name} has {tuple(first.shape)} and "
+                f"{name} has {tuple(tensor.shape)}."
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{op} needs tensors on one device, but {first_name} is on {first.device} and {name} is on "
+                f"{tensor.device}."
+            )
+        if same_dtype and tensor.dtype != first.dtype:
+            raise ValueError(
+                f"{op} needs {name} in the dtype of {first_name}, which is {_name(first.dtype)}, not "
+                f"{_name(tensor.dtype)}."
+            )
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic: float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def per_sample(op: str, name: str, value: PerSample, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `value` as a detached, contiguous tensor (B,) of `dtype` on the device of `like` (B, ...).
+
+    Raises:
+        ValueError: if `value` is a tensor of another shape than () or (B,).
+    """
+    batch = like.shape[0]
+    if not isinstance(value, Tensor):
+        return torch.full((batch,), float(value), dtype=dtype, device=like.device)
+    _check_per_sample(op, name, value, batch)
+    return value.detach().to(device=like.device, dtype=dtype).expand(batch).contiguous()
+
+
+def sigma_difference(
+    op: str, names: tuple[str, str], first: PerSample, second: PerSample, like: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return `first - second` per sample, subtracted before any rounding to `dtype`: a tensor (B,).
+
+    Two Python numbers subtract in double precision; half-precision tensors are widened first.
+
+    Raises:
+        ValueError: if a value is a tensor of another shape than () or (B,).
+    """
+    exact = []
+    for name, value in zip(names, (first, second), strict=True):
+        if isinstance(value, Tensor):
+            _check_per_sample(op, name, value, like.shape[0])
+            value = value.detach().to(like.device)
+            value = value if value.dtype == torch.float64 else value.float()
+        exact.append(value)
+    return per_sample(op, "-".join(names), exact[0] - exact[1], like, dtype)
+
+
+def expand(value: Tensor, like: Tensor) -> Tensor:
+    """View a per-sample tensor (B,) as (B, 1, ...), to broadcast against `like` (B, ...)."""
+    return value.view(-1, *[1] * (like.ndim - 1))
+
+
+def rows(values: Tensor) -> Tensor:
+    """Reshape (B, ...) to (B, elements of a sample); (B,) becomes (B, 1)."""
+    return values.reshape(values.shape[0], -1)
+
+
+def _check_per_sample(op: str, name: str, value: Tensor, batch: int) -> None:
+    if value.shape not in ((), (batch,)):
+        raise ValueError(
+            f"{op} needs {name} to be a number or a tensor of shape () or ({batch},), not {tuple(value.shape)}."
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,188 @@
+"""Decides, at call time, which backend runs an op: Triton, native CPU code or the PyTorch reference.
+
+The environment variable `LEAP_KERNELS=auto|triton|native|reference` sets the wish; `use_backend` overrides it
+for a block of code. `auto` means Triton for tensors on a GPU and native code for tensors on the CPU. Where a
+backend cannot take the tensors, the reference does, and the reason is logged once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import _native, _triton
+
+Backend = Literal["triton", "native", "reference"]
+SETTINGS = ("auto", "triton", "native", "reference")
+
+_log = logging.getLogger("leap_kernels")
+_logged: set[str] = set()
+
+
+class BackendUnavailable(RuntimeError):
+    """Raised in strict mode instead of falling back to the reference."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op and its predicate: why a backend cannot take these tensors, or None if it can."""
+
+    name: str
+    eligible: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend `op` would use here, and why, in words."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Setting:
+    name: str
+    strict: bool = False
+
+
+_override: ContextVar[_Setting | None] = ContextVar("leap_kernels_backend", default=None)
+_ops: dict[str, Op] = {}
+
+
+def register(name: str, eligible: Callable[..., str | None]) -> Op:
+    """Register an op, so that `explain` lists it. `eligible(backend, *tensors)` gives a reason or None."""
+    return _ops.setdefault(name, Op(name, eligible))
+
+
+def only_reference(backend: str, *tensors: Tensor) -> str | None:
+    """Predicate of an op that has no kernel yet."""
+    return None if backend == "reference" else f"this op has no {backend} kernel yet"
+
+
+def unsupported(backend: str, *tensors: Tensor) -> str | None:
+    """Reasons that hold for every kernel of `backend`; the part of a predicate that ops share.
+
+    Kernels compute in float32 on plain tensors: float64, tensor subclasses (fake tensors among them) and
+    `torch.func` transforms are the reference's.
+    """
+    if backend == "reference":
+        return None
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
+        return "an argument is a tensor subclass"
+    if not all(_has_memory(tensor) for tensor in tensors):
+        return "an argument is inside a torch.func transform"
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "float64 is computed by the reference"
+    device = tensors[0].device
+    if backend == "triton":
+        return _triton.unavailable(device)
+    if device.type != "cpu":
+        return f"native kernels need CPU tensors and these are on {device.type}"
+    return _native.unavailable()
+
+
+@contextlib.contextmanager
+def use_backend(name: str, strict: bool = False) -> Iterator[None]:
+    """Use backend `name` ("auto", "triton", "native" or "reference") inside a `with` block.
+
+    An op that the backend cannot run falls back to the reference; with `strict`, it raises
+    `BackendUnavailable` with the reason instead. The setting holds for the current thread or task.
+
+    Raises:
+        ValueError: if `name` is none of the four.
+    """
+    token = _override.set(_Setting(_checked(name, "backend"), strict))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def choose(op: Op, *tensors: Tensor) -> Backend:
+    """Return the backend that runs `op` on `tensors` under the current setting.
+
+    Under `torch.compile` that is the reference, whatever the setting: the compiler can trace and fuse it.
+
+    Raises:
+        BackendUnavailable: in strict mode, if the wanted backend cannot run the op.
+        ValueError: if the environment variable LEAP_KERNELS names no backend.
+    """
+    if torch.compiler.is_compiling():
+        return "reference"
+    setting = _setting()
+    wanted = _wanted(setting, tensors[0].device)
+    reason = op.eligible(wanted, *tensors)
+    if reason is None:
+        return wanted
+    message = f"{op.name} cannot use the {wanted} backend: {reason}."
+    if setting.strict:
+        raise BackendUnavailable(message)
+    # A fallback that somebody asked not to have deserves a warning; the automatic choice only a note.
+    _log_once(logging.INFO if setting.name == "auto" else logging.WARNING, message)
+    return "reference"
+
+
+def explain() -> list[Explanation]:
+    """Say for every op which backend it would use on this machine under the current setting, and why.
+
+    The question is put for float32 tensors on the GPU if there is one, else on the CPU.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    probe = torch.zeros(1, 1, device=device)
+    wanted = _wanted(_setting(), device)
+    return [_explanation(op, wanted, probe) for op in _ops.values()]
+
+
+def _explanation(op: Op, wanted: Backend, probe: Tensor) -> Explanation:
+    reason = op.eligible(wanted, probe)
+    if reason is not None:
+        return Explanation(op.name, "reference", reason)
+    described = {"triton": _triton.describe, "native": _native.describe, "reference": _describe_reference}
+    return Explanation(op.name, wanted, f"{described[wanted]()}, for tensors on {probe.device.type}")
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Say whether the tensor owns storage; those that `vjp` or `vmap` wrap refuse to show any."""
+    try:
+        tensor.untyped_storage()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _describe_reference() -> str:
+    return f"PyTorch {torch.__version__}"
+
+
+def _setting() -> _Setting:
+    override = _override.get()
+    if override is not None:
+        return override
+    return _Setting(_checked(os.environ.get("LEAP_KERNELS", "auto"), "value of LEAP_KERNELS"))
+
+
+def _wanted(setting: _Setting, device: torch.device) -> Backend:
+    if setting.name == "auto":
+        return {"cuda": "triton", "cpu": "native"}.get(device.type, "reference")  # type: ignore[return-value]
+    return setting.name  # type: ignore[return-value]
+
+
+def _checked(name: str, what: str) -> str:
+    if name not in SETTINGS:
+        raise ValueError(f"Unknown {what} {name!r}: choose one of {', '.join(SETTINGS)}.")
+    return name
+
+
+def _log_once(level: int, message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        _log.log(level, message)

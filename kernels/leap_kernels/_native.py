@@ -1,0 +1,79 @@
+"""Finds and loads the native CPU library, and turns its C interface into functions over tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import leap_kernels
+
+ABI = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_FILE_NAME = {"darwin": "libleap_native.dylib", "win32": "leap_native.dll"}.get(sys.platform, "libleap_native.so")
+_POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_SIGNATURES = {
+    "leap_update_forward": [_POINTER] * 6 + [_INT64, _INT64, _INT32, _INT32],
+    "leap_update_backward": [_POINTER] * 3 + [_INT64, _INT64, _INT32, _INT32],
+}
+_ERRORS = {-1: "unknown dtype", -2: "out of memory"}
+
+
+def unavailable() -> str | None:
+    """Say why the native library cannot be used, or return None if it can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def describe() -> str:
+    """Describe the loaded library: its instruction set and how many threads it would use."""
+    library = _library()
+    threads = torch.get_num_threads() if library.leap_has_openmp() else 1
+    return f"native library, {library.leap_isa().decode()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def call(function: str, *arguments: Tensor | int | None, dtype: torch.dtype) -> None:
+    """Call a function of the library; tensors must be contiguous and on the CPU.
+
+    The library uses as many threads as PyTorch does, so `torch.set_num_threads` holds for both.
+
+    Raises:
+        RuntimeError: if the function reports an error.
+    """
+    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    status = getattr(_library(), function)(*plain, DTYPES[dtype], torch.get_num_threads())
+    if status != 0:
+        raise RuntimeError(f"{function} failed: {_ERRORS.get(status, status)}.")
+
+
+def _library() -> ctypes.CDLL:
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """Load the library once; return the reason as a string where that fails."""
+    # An editable install keeps built files beside the installed package, not beside the sources.
+    candidates = [Path(folder) / "_lib" / _FILE_NAME for folder in leap_kernels.__path__]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        return "the native library was not built (installing the package builds it, given a C++ compiler)"
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = library.leap_abi()
+        if abi != ABI:
+            return f"the native library has interface {abi} and this package needs {ABI}: reinstall"
+        for name, argument_types in _SIGNATURES.items():
+            getattr(library, name).argtypes = argument_types
+        library.leap_isa.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        return f"the native library cannot be loaded ({error})"
+    return library

@@ -1,0 +1,41 @@
+"""The one place that knows where Triton comes from, and whether it runs on a GPU or in its interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+triton: Any = None
+tl: Any = None
+MISSING: str | None = None
+try:
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+except ImportError as error:
+    MISSING = f"Triton cannot be imported ({error})"
+
+# Triton reads the variable when a kernel is decorated, that is, when leap_kernels is imported.
+INTERPRETER = MISSING is None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(kernel: Callable[..., None]) -> Any:
+    """Return `triton.jit(kernel)`, or the function itself where Triton is missing and none can launch it."""
+    return kernel if MISSING else triton.jit(kernel)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Say why Triton cannot run on `device`, or return None if it can."""
+    if MISSING:
+        return MISSING
+    if device.type != "cuda" and not INTERPRETER:
+        return f"Triton needs a GPU and the tensors are on {device.type} (TRITON_INTERPRET=1 would interpret)"
+    return None
+
+
+def describe() -> str:
+    """Describe the Triton in use, for `explain`."""
+    return f"Triton {triton.__version__}" + (", in its interpreter" if INTERPRETER else "")

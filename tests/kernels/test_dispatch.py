@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+
+import leap_kernels
+import pytest
+import torch
+from kernel_cases import BACKENDS
+from leap_kernels import BackendUnavailable, _dispatch, _native, _triton, explain, leap_update, use_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+OPS = {
+    "combine_gradient_terms",
+    "consistency_weighted_loss",
+    "euler_step",
+    "leap_distances",
+    "leap_update",
+    "scale_gradient",
+    "stochastic_round_",
+}
+X = torch.ones(2, 3)
+
+
+def chosen(*tensors: torch.Tensor) -> str:
+    return _dispatch.choose(_dispatch._ops["leap_update"], *(tensors or (X, X)))
+
+
+@pytest.fixture
+def no_native_library(monkeypatch, tmp_path):
+    """Make the package look as if it were installed without its library; yields where it is looked for."""
+    monkeypatch.setattr(leap_kernels, "__path__", [str(tmp_path)])
+    _native._load.cache_clear()
+    (tmp_path / "_lib").mkdir()
+    yield tmp_path / "_lib"
+    monkeypatch.undo()
+    _native._load.cache_clear()
+
+
+@pytest.mark.native
+def test_cpu_tensors_use_native_code_by_default() -> None:
+    assert chosen() == "native"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_environment_and_context_manager_choose(backend: str, monkeypatch) -> None:
+    if backend != "triton" or _triton.unavailable(X.device) is None:
+        monkeypatch.setenv("LEAP_KERNELS", backend)
+        assert chosen() == backend
+        with use_backend("reference"):
+            assert chosen() == "reference"
+        assert chosen() == backend
+
+
+def test_setting_ends_with_the_block_and_stays_in_its_thread() -> None:
+    seen = []
+    with use_backend("reference"):
+        with pytest.raises(ZeroDivisionError), use_backend("triton"):
+            _ = 1 / 0
+        assert chosen() == "reference"
+        thread = threading.Thread(target=lambda: seen.append(_dispatch._setting().name))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_unknown_backend_is_an_error(monkeypatch) -> None:
+    with (
+        pytest.raises(ValueError, match="choose one of auto, triton, native, reference"),
+        use_backend("cuda"),
+    ):
+        pass
+    monkeypatch.setenv("LEAP_KERNELS", "fast")
+    with pytest.raises(ValueError, match="LEAP_KERNELS 'fast'"):
+        chosen()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ((X.double(), X.double()), "float64"),
+        ((X, X.half()), "one dtype"),
+        ((FakeTensorMode().from_tensor(X), X), "subclass"),
+        ((X.to("meta"), X.to("meta")), "need CPU tensors"),
+    ],
+)
+def test_strict_mode_raises_the_reason_and_otherwise_the_reference_runs(tensors, reason: str, caplog) -> None:
+    with use_backend("native", strict=True), pytest.raises(BackendUnavailable, match=reason):
+        chosen(*tensors)
+    _dispatch._logged.clear()
+    with caplog.at_level(logging.INFO, "leap_kernels"), use_backend("native"):
+        assert chosen(*tensors) == "reference"
+        assert chosen(*tensors) == "reference"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert reason in caplog.text
+
+
+def test_ops_without_kernels_obey_strict_mode() -> None:
+    with use_backend("native", strict=True), pytest.raises(BackendUnavailable, match="no native kernel"):
+        leap_kernels.euler_step(X, X, 1.0, 0.5)
+
+
+def test_explain_covers_every_op_in_words() -> None:
+    explanations = explain()
+    assert {e.op for e in explanations} == OPS
+    assert all(len(e.reason) > 10 for e in explanations)
+    with use_backend("reference"):
+        assert {e.backend for e in explain()} == {"reference"}
+
+
+@pytest.mark.native
+def test_explain_names_the_instruction_set() -> None:
+    with use_backend("native"):
+        (found,) = (e for e in explain() if e.op == "leap_update")
+    assert found.backend == "native" or torch.cuda.is_available()
+    assert any(isa in _native.describe() for isa in ("avx512", "avx2", "baseline"))
+
+
+def test_missing_native_library_is_a_reason(no_native_library) -> None:
+    assert "was not built" in _native.unavailable()
+    with use_backend("native"):
+        assert chosen() == "reference"
+        assert torch.equal(leap_update(X, X, 1.0, 0.5)[0], X / 2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the file name is that of Linux and macOS")
+def test_unloadable_native_library_is_a_reason(no_native_library) -> None:
+    (no_native_library / _native._FILE_NAME).write_bytes(b"not a library")
+    assert "cannot be loaded" in _native.unavailable()
+
+
+@pytest.mark.native
+def test_library_of_another_version_is_refused(monkeypatch) -> None:
+    _native._load.cache_clear()
+    monkeypatch.setattr(_native, "ABI", 999)
+    assert "reinstall" in _native.unavailable()
+    _native._load.cache_clear()
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+import leap_kernels
+from leap_kernels import _triton
+assert "cannot be imported" in _triton.MISSING
+x = torch.ones(2, 3)
+with leap_kernels.use_backend("triton"):
+    assert torch.equal(leap_kernels.leap_update(x, x, 1.0, 0.5)[0], x / 2)
+for name in ("leapalign", "diffusers", "transformers"):
+    assert name not in sys.modules, name
+"""
+
+
+def test_works_without_triton_and_imports_no_trainer() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)
+
+
+@pytest.mark.native
+def test_transforms_get_the_reference() -> None:
+    """They hand over tensors without memory, which native code could not read."""
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(X)
+        assert leap_update(fake, fake, 1.0, 0.5, fake)[1].shape == (2,)
+    _, vjp = torch.func.vjp(lambda v: leap_update(X, v, 1.0, 0.25)[0], X)
+    assert torch.equal(vjp(X)[0], -0.75 * X)
+    velocity = X.clone().requires_grad_()
+    leapt, _ = leap_update(X, velocity, 1.0, 0.25)
+    grads = torch.stack([X, 2 * X])
+    (batched,) = torch.autograd.grad(leapt, velocity, grads, is_grads_batched=True)
+    assert torch.equal(batched, -0.75 * grads)
+
+
+def test_torch_compile_traces_leap_update_in_one_graph() -> None:
+    compiled = torch.compile(lambda v: leap_update(X, v, 1.0, 0.25, 2 * X)[0], backend="aot_eager", fullgraph=True)
+    velocity = X.clone().requires_grad_()
+    pinned = compiled(velocity)
+    pinned.sum().backward()
+    assert torch.equal(pinned, 2 * X)
+    assert torch.equal(velocity.grad, -0.75 * X)
