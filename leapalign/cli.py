@@ -1,0 +1,221 @@
+"""The command line: ``leapalign demo | train | generate | evaluate | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leapalign.validation import UserError
+
+if TYPE_CHECKING:
+    from leapalign.config import Config
+
+OVERRIDES = "any config key can follow as section.key=value"
+DEMO_CONFIG = Path(__file__).parent / "tiny" / "demo.yaml"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="leapalign", description="Align flow-matching image models with differentiable rewards."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="align the embedded tiny model, before and after", epilog=OVERRIDES)
+    demo.set_defaults(execute=demo_command)
+
+    train = commands.add_parser("train", help="train from a config, or continue a run", epilog=OVERRIDES)
+    train.add_argument("--config", type=Path, help="YAML file, see configs/tiny.yaml")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="run folder to continue")
+    train.set_defaults(execute=train_command)
+
+    generate = commands.add_parser("generate", help="images from a run or a base model", epilog=OVERRIDES)
+    generate.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    generate.add_argument("--output", type=Path, required=True, help="folder for the images")
+    generate.set_defaults(execute=generate_command)
+
+    evaluate = commands.add_parser("evaluate", help="a run's mean reward beside the base's", epilog=OVERRIDES)
+    evaluate.set_defaults(execute=evaluate_command)
+
+    for command in (generate, evaluate):
+        command.add_argument("--config", type=Path, help="YAML file naming the base model")
+        command.add_argument("--run", type=Path, help="run folder: its latest weight average is used")
+        command.add_argument("--prompts", type=Path, help="prompt file, default the config's")
+        command.add_argument("--seed", type=int, default=0, help="noise seed of the first image")
+
+    doctor = commands.add_parser("doctor", help="versions, devices, and the backend of each kernel")
+    doctor.set_defaults(execute=doctor_command)
+
+    for command in (demo, train, evaluate, doctor):
+        command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    # Overrides may stand anywhere between the options, which argparse's positionals do not allow.
+    arguments, overrides = parser.parse_known_args(argv)
+    for item in overrides:
+        if item.startswith("-") or "=" not in item:
+            parser.error(f"unrecognized argument '{item}'; config overrides read section.key=value")
+    _quiet_libraries()
+    try:
+        arguments.execute(arguments, overrides)
+    except UserError as error:
+        print(f"leapalign: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and advice of other libraries would drown ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.config import load_config
+    from leapalign.report import text_table
+    from leapalign.run import run_training, unused_folder
+    from leapalign.tiny.demo import run_demo, summary
+    from leapalign.tiny.demo_report import HEADER, figures, write_report
+
+    started = time.perf_counter()
+    config = load_config(DEMO_CONFIG, overrides)
+    config = dataclasses.replace(config, output=str(unused_folder(Path(config.output))))
+    comparison = run_demo(config, run_training)
+    run = Path(config.output)
+    page = write_report(comparison, run)
+    result = {
+        **summary(comparison),
+        "iterations": config.train.iterations,
+        "seconds": time.perf_counter() - started,
+        "run": str(run),
+    }
+    (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{text_table(HEADER, figures(comparison))}\n\n{page}  ({result['seconds']:.0f} s)")
+    if arguments.json:
+        print(json.dumps(result))
+
+
+def train_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.run import prepare_resume, refuse_used_folder, run_training
+    from leapalign.run_folder import read_metrics
+    from leapalign.trainer import Trainer
+
+    config = _config(arguments.config, arguments.resume, overrides)
+    if arguments.resume:
+        config = dataclasses.replace(config, output=str(arguments.resume))
+    else:
+        refuse_used_folder(Path(config.output))
+    trainer = Trainer.from_config(config)
+    if arguments.resume:
+        prepare_resume(trainer)
+    run_training(trainer)
+    if arguments.json:
+        print(json.dumps({**read_metrics(Path(config.output))[-1], "run": config.output}))
+
+
+def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config:
+    """The config file given, else that of the run folder."""
+    from leapalign.config import load_config
+
+    if path is None and run is None:
+        raise UserError("name a config with --config, such as configs/tiny.yaml")
+    if path is None and run is not None:
+        path = run / "config.yaml"
+        if not path.exists():
+            raise UserError(f"'{run}' is not a run folder: it has no config.yaml; check the path")
+    assert path is not None
+    return load_config(path, overrides)
+
+
+def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.models import encode_prompts
+    from leapalign.pictures import image_grid, to_picture
+
+    config, model, prompts = _model_and_prompts(arguments, overrides, arguments.prompt)
+    images = _generate(config, model, encode_prompts(config.model, prompts), arguments.seed)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        to_picture(image, config.model.width).save(arguments.output / f"{number:05d}.png")
+    image_grid(images, prompts).save(arguments.output / "grid.png")
+    print(f"{len(images)} images in {arguments.output}")
+
+
+def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    import torch
+
+    from leapalign.models import encode_prompts, load_model
+    from leapalign.report import text_table
+    from leapalign.rewards import get_reward
+    from leapalign.statistics import mean_interval
+
+    config, model, prompts = _model_and_prompts(arguments, overrides, [])
+    reward, embeddings = get_reward(**config.reward), encode_prompts(config.model, prompts)
+    arms = {"base": load_model(config.model), "run": model} if arguments.run else {"base": model}
+    scores = {}
+    for name, arm in arms.items():
+        with torch.no_grad():
+            images = _generate(config, arm, embeddings, arguments.seed)
+            scores[name] = mean_interval(reward(images, prompts).tolist())
+    rows = [[name, str(score)] for name, score in scores.items()]
+    print(text_table(("", "mean reward [95 % interval]"), rows))
+    if arguments.json:
+        figures = {name: score.to_json() for name, score in scores.items()}
+        print(json.dumps({"images": len(prompts), "reward": figures}))
+
+
+def _model_and_prompts(
+    arguments: argparse.Namespace, overrides: list[str], given: list[str]
+) -> tuple[Config, Any, list[str]]:
+    """The config, the model (with the run's weight average, if one is named), and the prompts asked for."""
+    from leapalign.checkpoint import AVERAGE, latest_checkpoint, read_weights
+    from leapalign.embedded import resolve
+    from leapalign.models import load_model
+    from leapalign.prompts import read_prompts
+
+    config = _config(arguments.config, arguments.run, overrides)
+    prompts = given or read_prompts(Path(arguments.prompts or resolve(config.prompts.path)))
+    model = load_model(config.model)
+    if arguments.run:
+        checkpoint = latest_checkpoint(arguments.run)
+        if checkpoint is None:
+            raise UserError(f"'{arguments.run}' holds no checkpoint yet; let it train longer, or use --config")
+        model.transformer.load_state_dict(read_weights(checkpoint / AVERAGE))
+    return config, model, prompts
+
+
+def _generate(config: Config, model: Any, embeddings: Any, seed: int) -> Any:
+    from leapalign.generate import generate
+
+    seeds = range(seed, seed + len(embeddings))
+    return generate(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
+
+
+def doctor_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.doctor import diagnose, explanation
+
+    report = diagnose()
+    print(explanation(report))
+    if arguments.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The run's configuration: one YAML file, validated into dataclasses, any key overridable as ``section.key=value``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from leapalign.validation import UserError, brief, validated
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "embedded:base"
+    """Folder in diffusers layout, hub id, or ``embedded:base`` for the tiny model."""
+    guidance: NonNegativeFloat = 3.5
+    """Guidance scale, for models distilled to take it as an input."""
+    height: PositiveInt = 32
+    width: PositiveInt = 32
+    """Image size in pixels."""
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    path: str = "embedded:training_prompts.txt"
+    """Text file with one prompt a line, or JSON lines with a ``prompt`` key."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    num_steps: PositiveInt = 25
+    """Euler steps from noise to image."""
+    batch_size: PositiveInt = 32
+    """Images sampled at once; an iteration of ``train.batch_size`` images runs as several such rollouts."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: PositiveFloat = 1e-5
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    weight_decay: NonNegativeFloat = 1e-4
+    max_grad_norm: PositiveFloat = 1.0
+    """Global gradient norm is clipped to this."""
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    warmup_iterations: NonNegativeInt = 0
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    """Weight average; warms up as ``min(decay, (1 + i) / (10 + i))``."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    iterations: PositiveInt = 300
+    batch_size: PositiveInt = 32
+    """Images per optimizer step."""
+    microbatch: PositiveInt | None = None
+    """Most samples in one forward with gradient; default: a whole rollout."""
+    reward_chunk: PositiveInt | None = None
+    """Most images decoded and rewarded at once with gradient; default: a whole rollout."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: PositiveInt = 100
+    """Iterations between checkpoints; the last iteration is always saved."""
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    every: PositiveInt = 50
+    """Iterations between sample grids (same prompts and seeds every time)."""
+    count: PositiveInt = 24
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str = "runs/leapalign"
+    """The run folder."""
+    seed: NonNegativeInt = 0
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.55
+    """``lambda`` of the loss: an image whose reward lies above it carries no gradient."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "leapalign"})
+    """``name`` and the method's own options."""
+    reward: dict[str, Any] = field(default_factory=lambda: {"name": "pickscore", "path": "embedded:reward"})
+    """``name`` and the reward's own options."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.batch_size % min(self.rollout.batch_size, self.train.batch_size):
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} must be a multiple of rollout.batch_size "
+                f"{self.rollout.batch_size}"
+            )
+        for section in ("method", "reward"):
+            if "name" not in getattr(self, section):
+                raise ValueError(f"'{section}.name' is missing; add it")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file at ``path``. Raises UserError where there is none."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read config '{path}': {error.strerror}; check --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config '{path}' is not valid YAML: {brief(error)}; correct it") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config '{path}' must be a mapping of keys to values, see configs/tiny.yaml")
+    return values
+
+
+def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """``values`` with ``section.key=value`` assignments applied; values are read as YAML."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for assignment in assignments:
+        dotted, separator, text = assignment.partition("=")
+        if not separator or not dotted:
+            raise UserError(f"override '{assignment}' must read section.key=value")
+        *sections, key = dotted.split(".")
+        target = result
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise UserError(f"override '{assignment}': '{section}' is a value, not a section")
+        try:
+            target[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"override '{assignment}': the value is not valid YAML; quote it") from None
+    return result
+
+
+def load_config(path: Path, assignments: Sequence[str] = ()) -> Config:
+    """The validated config in ``path`` with overrides applied. Raises UserError."""
+    return validated(Config, override(read_config(path), assignments), str(path))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes every resolved key as YAML."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,65 @@
+"""Rewards of generated latents and their gradient, through decoder and reward, in chunks whose graph is freed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
+"""``reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``, differentiable in the images, sample by sample."""
+
+
+@dataclass(frozen=True)
+class RewardGradient:
+    """rewards: ``(B,)``; gradient: ``(B, ...)``, each sample's ``d reward_b / d latents_b``; images: decoded, in
+    [0, 1], ``(B, 3, H, W)``."""
+
+    rewards: Tensor
+    gradient: Tensor
+    images: Tensor
+
+
+class _StraightThroughClamp(torch.autograd.Function):
+    """Clamp to [0, 1] that still lets gradient pass at saturated pixels, which a plain clamp would freeze."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, images: Tensor) -> Tensor:
+        return images.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def reward_gradient(
+    decode: Callable[[Tensor], Tensor],
+    reward: RewardFn,
+    latents: Tensor,
+    prompts: Sequence[str],
+    chunk: int | None = None,
+) -> RewardGradient:
+    """``r_b = reward(decode(x_b), prompt_b)`` and ``dr_b/dx_b`` for ``latents (B, ...)``.
+
+    The loss enters later as a factor per sample, ``dL/dx = (dL/dr) (dr/dx)``, so that several losses can share one
+    reward gradient. ``chunk``: most samples decoded at once. Raises ValueError where the reward does not return one
+    differentiable score a sample.
+    """
+    rewards, gradients, images = [], [], []
+    for start in range(0, len(latents), chunk or len(latents)):
+        part = slice(start, start + (chunk or len(latents)))
+        with torch.enable_grad():
+            x = latents[part].detach().requires_grad_()
+            image: Tensor = _StraightThroughClamp.apply(decode(x))
+            scores = reward(image, prompts[part])
+        if scores.shape != (len(x),) or not scores.requires_grad:
+            raise ValueError(
+                f"a reward must return one differentiable score a sample, shape ({len(x)},); got shape "
+                f"{tuple(scores.shape)}{'' if scores.requires_grad else ' without a gradient'}"
+            )
+        gradients.append(torch.autograd.grad(scores.sum(), x)[0])
+        rewards.append(scores.detach())
+        images.append(image.detach())
+    return RewardGradient(torch.cat(rewards), torch.cat(gradients), torch.cat(images))

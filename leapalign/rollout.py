@@ -1,0 +1,76 @@
+"""The sampler's trajectory: Euler steps without gradients, every latent and velocity kept."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from leap_kernels import euler_step
+from torch import Tensor
+
+VelocityFn = Callable[[Tensor, Tensor], Tensor]
+"""``velocity_fn(latents (B, ...), sigma (B,)) -> velocity (B, ...)``, guidance included."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch of trajectories, from noise (index 0) to image (index T).
+
+    latents: ``(T + 1, B, ...)``; ``latents[-1]`` is the generated latent.
+    velocities: ``(T, B, ...)``; ``velocities[t]`` was evaluated at ``latents[t]``.
+    sigmas: ``(T + 1,)`` noise levels, strictly descending to 0.
+
+    Raises ValueError where the three do not fit together.
+    """
+
+    latents: Tensor
+    velocities: Tensor
+    sigmas: Tensor
+
+    def __post_init__(self) -> None:
+        steps = len(self.velocities)
+        if steps < 1 or self.latents.shape != (steps + 1, *self.velocities.shape[1:]):
+            raise ValueError(
+                f"a rollout of T steps needs T+1 latents and T velocities of one shape, "
+                f"got latents {tuple(self.latents.shape)} and velocities {tuple(self.velocities.shape)}"
+            )
+        if self.sigmas.shape != (steps + 1,):
+            raise ValueError(f"sigmas must have shape ({steps + 1},), got {tuple(self.sigmas.shape)}")
+        if not bool((self.sigmas.diff() < 0).all()) or self.sigmas[-1] != 0:
+            raise ValueError("sigmas must descend strictly and end at 0")
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.velocities)
+
+    @property
+    def batch_size(self) -> int:
+        return self.latents.shape[1]
+
+    def posterior_mean(self, index: int | Tensor) -> Tensor:
+        """One leap to the image, ``x_t - sigma_t v_t``: ``(B, ...)``. ``index``: a step, or one a sample ``(B,)``."""
+        steps = torch.as_tensor(index, device=self.latents.device).expand(self.batch_size)
+        samples = torch.arange(self.batch_size, device=self.latents.device)
+        sigma = per_sample(self.sigmas.to(self.latents.device)[steps], self.latents[0])
+        return self.latents[steps, samples] - sigma * self.velocities[steps, samples]
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """``value (B,)`` shaped to broadcast over ``like (B, ...)``, in its dtype."""
+    return value.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+@torch.no_grad()
+def sample_rollout(velocity_fn: VelocityFn, noise: Tensor, sigmas: Tensor) -> Rollout:
+    """Integrates ``dx/dsigma = v`` from ``noise (B, ...)`` at ``sigmas[0]`` down ``sigmas (T + 1,)``.
+
+    Each step is ``x_{t+1} = x_t + (sigma_{t+1} - sigma_t) v_t``, computed in float32 or wider.
+    """
+    latents, velocities = [noise], []
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        velocity = velocity_fn(latents[-1], sigma.expand(len(noise)).to(noise.device))
+        velocities.append(velocity)
+        latents.append(euler_step(latents[-1], velocity, sigma, sigma_next))
+    return Rollout(torch.stack(latents), torch.stack(velocities), sigmas)

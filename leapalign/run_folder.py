@@ -1,0 +1,51 @@
+"""The run folder's records: metrics as JSON lines and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """All complete lines of the run's metrics, oldest first; empty where there are none."""
+    path = run / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
+    return [json.loads(line) for line in lines]
+
+
+class MetricsLog:
+    """Appends one record per iteration; entering it drops what lies beyond ``iteration`` (a resumed run redoes it)."""
+
+    def __init__(self, run: Path, iteration: int) -> None:
+        self._run, self._iteration = run, iteration
+
+    def __enter__(self) -> MetricsLog:
+        kept = [record for record in read_metrics(self._run) if record["iteration"] <= self._iteration]
+        path = self._run / METRICS
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(self._run / "tensorboard"), purge_step=self._iteration + 1)
+        return self
+
+    def write(self, record: Mapping[str, float]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name != "iteration":
+                self._events.add_scalar(name, value, int(record["iteration"]))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._events.close()

@@ -1,0 +1,114 @@
+"""``leapalign demo``: aligns the tiny model, beside an equal-time control trained without reward."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from leapalign.config import Config
+from leapalign.embedded import FOLDER
+from leapalign.models import FlowModel, encode_prompts, load_model
+from leapalign.models.flux import PromptEmbeddings
+from leapalign.optim import Optimizer
+from leapalign.reward_gradient import RewardFn
+from leapalign.tiny.critic import Critic
+from leapalign.tiny.evaluate import RULES, Evaluation, evaluate
+from leapalign.tiny.train_base import draw_batch, flow_matching_loss
+from leapalign.tiny.world import FAMILIES, Prompt, all_prompts, balanced_prompts, split_prompts
+from leapalign.trainer import Trainer, seed_of
+
+EVALUATION_IMAGES = 432
+EVALUATION_SEED = 1_000_000
+CONTROL_STREAM = 3
+REWARD, HELD_OUT_REWARD = "reward", "held_out_reward"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same held-out prompts and seeds before, after, and after the control; ``seconds`` of either training."""
+
+    before: Evaluation
+    after: Evaluation
+    control: Evaluation
+    seconds: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out prompts, their embeddings, and the rewards to score with."""
+
+    prompts: list[Prompt]
+    embeddings: PromptEmbeddings
+    rewards: dict[str, RewardFn]
+
+    @classmethod
+    def load(cls, config: Config, reward: RewardFn) -> HeldOut:
+        prompts = balanced_prompts(split_prompts()[1], EVALUATION_IMAGES)
+        embeddings = encode_prompts(config.model, [prompt.text for prompt in prompts])
+        return cls(prompts, embeddings, {REWARD: reward, HELD_OUT_REWARD: Critic.load(FOLDER / "critic")})
+
+    def evaluate(self, model: FlowModel[Any]) -> Evaluation:
+        return evaluate(model, self.embeddings, self.prompts, EVALUATION_SEED, self.rewards)
+
+
+def train_control(config: Config, seconds: float) -> FlowModel[Any]:
+    """The base model trained on for ``seconds`` without a reward, same optimizer settings; its weight average."""
+    model = load_model(config.model)
+    parameters = list(model.transformer.parameters())
+    optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations)
+    texts = [prompt.text for prompt in all_prompts()]
+    embeddings, row = encode_prompts(config.model, texts), {text: i for i, text in enumerate(texts)}
+    seed = seed_of(config.seed, CONTROL_STREAM, 0)
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        captions, images = draw_batch(config.train.batch_size, rng)
+        chosen = embeddings[torch.tensor([row[caption] for caption in captions])]
+        flow_matching_loss(model, chosen, images, generator).backward()
+        optimizer.step()
+    optimizer.ema.copy_to(parameters)
+    return model
+
+
+def run_demo(config: Config, run: Callable[[Trainer], float]) -> Comparison:
+    """Evaluates before and after training with ``run``, which returns its seconds, and after an equal-time control."""
+    trainer = Trainer.from_config(config)
+    held_out = HeldOut.load(config, trainer.reward)
+    before = held_out.evaluate(trainer.model)
+    seconds = run(trainer)
+    with trainer.optimizer.averaged_weights():
+        after = held_out.evaluate(trainer.model)
+    control = held_out.evaluate(train_control(config, seconds))
+    return Comparison(before, after, control, seconds)
+
+
+def summary(comparison: Comparison) -> dict[str, Any]:
+    """The figures of a comparison, fit for JSON; intervals are 95 %, over images."""
+    arms = {"before": comparison.before, "after": comparison.after, "control": comparison.control}
+
+    def figures(arm: Evaluation) -> dict[str, Any]:
+        return {
+            REWARD: arm.score(REWARD).to_json(),
+            HELD_OUT_REWARD: arm.score(HELD_OUT_REWARD).to_json(),
+            **{rule: arm.accuracy(rule).to_json() for rule in RULES},
+            "exact_by_family": arm.by_family("exact"),
+            "lenient_by_family": arm.by_family("lenient"),
+        }
+
+    detail = {name: figures(arm) for name, arm in arms.items()}
+    means = {
+        key: {"before": detail["before"][source]["mean"], "after": detail["after"][source]["mean"]}
+        for key, source in ((REWARD, REWARD), (HELD_OUT_REWARD, HELD_OUT_REWARD), ("accuracy", "exact"))
+    }
+    control = {
+        REWARD: detail["control"][REWARD]["mean"],
+        HELD_OUT_REWARD: detail["control"][HELD_OUT_REWARD]["mean"],
+        "accuracy": detail["control"]["exact"]["mean"],
+    }
+    families = {family: {name: detail[name]["exact_by_family"][family] for name in arms} for family in FAMILIES}
+    return {**means, "control": control, "accuracy_by_family": families, "detail": detail}

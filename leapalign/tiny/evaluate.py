@@ -1,0 +1,59 @@
+"""What a tiny model draws for held-out prompts: scored by both rewards and by the exact judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leapalign.generate import generate
+from leapalign.models import FlowModel
+from leapalign.models.flux import PromptEmbeddings
+from leapalign.reward_gradient import RewardFn
+from leapalign.statistics import Interval, mean_interval, share_interval
+from leapalign.tiny.judge import Verdict, judge
+from leapalign.tiny.world import FAMILIES, Prompt
+
+NUM_STEPS = 25
+RULES = ("exact", "lenient", "clean")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``images (N, 3, H, W)`` in [0, 1] with each one's prompt, verdict and scores ``(N,)`` by reward name."""
+
+    prompts: Sequence[Prompt]
+    images: Tensor
+    verdicts: Sequence[Verdict]
+    scores: dict[str, Tensor]
+
+    def accuracy(self, rule: str = "exact", family: str | None = None) -> Interval:
+        """Share of images that pass ``rule`` ("exact", "lenient", "clean"), in one family or in all."""
+        pairs = zip(self.prompts, self.verdicts, strict=True)
+        return share_interval([getattr(v, rule) for p, v in pairs if family in (None, p.family)])
+
+    def score(self, reward: str) -> Interval:
+        return mean_interval(self.scores[reward].tolist())
+
+    def by_family(self, rule: str = "exact") -> dict[str, float]:
+        return {family: self.accuracy(rule, family).mean for family in FAMILIES}
+
+
+def evaluate(
+    model: FlowModel[Any],
+    embeddings: PromptEmbeddings,
+    prompts: Sequence[Prompt],
+    seed: int,
+    rewards: dict[str, RewardFn] | None = None,
+) -> Evaluation:
+    """One image a prompt; ``embeddings[i]`` belongs to ``prompts[i]``, whose noise is seeded ``seed + i``."""
+    seeds = range(seed, seed + len(prompts))
+    images = generate(model, embeddings, seeds, NUM_STEPS)
+    texts = [prompt.text for prompt in prompts]
+    with torch.no_grad():
+        scores = {name: reward(images, texts) for name, reward in (rewards or {}).items()}
+    verdicts = [judge(image.numpy(), prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return Evaluation(prompts, images, verdicts, scores)

@@ -1,0 +1,53 @@
+"""``make tiny``: trains the base model and both rewards of the tiny world from seeds, and writes the shipped weights.
+
+The log of the run that made the shipped weights lies beside them, in ``training.log``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from leapalign.embedded import FOLDER
+from leapalign.tiny.train_base import STAGES, train_base
+from leapalign.tiny.train_rewards import build_pool, train_critic, train_reward
+from leapalign.tiny.world import split_prompts
+
+# Images generated at each stage of the base's training; most by the finished model, which runs start from.
+IMAGES_PER_STAGE = (1000, 1500, 2000, 4000)
+SEED = 0
+
+
+class Log:
+    """Prints each line and keeps it in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._started = path, time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+    def __call__(self, line: str) -> None:
+        line = f"{time.monotonic() - self._started:6.0f}s  {line}"
+        print(line, flush=True)
+        with self._path.open("a") as file:
+            file.write(line + "\n")
+
+
+def main() -> None:
+    log = Log(FOLDER / "training.log")
+    training, _ = split_prompts()
+    (FOLDER / "training_prompts.txt").write_text("".join(f"{prompt.text}\n" for prompt in training))
+    with tempfile.TemporaryDirectory() as stages:
+        train_base(FOLDER / "base", Path(stages), SEED, log)
+        folders = [*(Path(stages) / f"step-{step}" for step in STAGES[:-1]), FOLDER / "base"]
+        work = list(zip(folders, IMAGES_PER_STAGE, strict=True))
+        for name, train, seed in (("reward", train_reward, SEED + 1), ("critic", train_critic, SEED + 2)):
+            pool = build_pool(work, seed)
+            share = pool.labels.gather(1, pool.own[:, None]).float().mean().item()
+            log(f"{name}: {len(pool.images)} images, {share:.3f} of them satisfy their prompt")
+            train(pool, FOLDER / name, seed, lambda line, name=name: log(f"{name} {line}"))
+
+
+if __name__ == "__main__":
+    main()

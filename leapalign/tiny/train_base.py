@@ -1,0 +1,132 @@
+"""Trains the base model: crisp pictures, poor binding.
+
+Rectified flow on rendered scenes whose captions are wrong in a known share of cases (a hard negative: swapped
+colours, relation or count). Like a text-to-image model trained on noisy captions, it learns to draw everything and
+to lay it out wrongly, which is what a reward can then repair.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import CLIPTextModel, T5EncoderModel
+
+from leapalign.models import FlowModel
+from leapalign.models.flux import FluxModel, PromptEmbeddings
+from leapalign.tiny.evaluate import evaluate
+from leapalign.tiny.model import (
+    MAX_TOKENS,
+    build_pooled_encoder,
+    build_scheduler,
+    build_token_encoder,
+    build_tokenizer,
+    build_transformer,
+    pack_pixels,
+    save_model,
+)
+from leapalign.tiny.world import (
+    IMAGE_SIZE,
+    all_prompts,
+    balanced_prompts,
+    draw_prompts,
+    draw_scene,
+    hard_negative,
+    render,
+)
+
+CAPTION_NOISE = 0.4
+STEPS = 7000
+BATCH = 48
+LEARNING_RATE = 2e-3
+EMA_DECAY = 0.998
+# Snapshots, in steps: the reward models learn from pictures of every stage, as human-preference data does.
+STAGES = (1000, 2000, 3500, STEPS)
+
+
+class TinyFlux(torch.nn.Module):
+    """Transformer and both text encoders, trained together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer: FluxTransformer2DModel = build_transformer()
+        self.pooled_encoder: CLIPTextModel = build_pooled_encoder()
+        self.token_encoder: T5EncoderModel = build_token_encoder()
+        self.tokenizer = build_tokenizer()
+
+    def encode(self, captions: list[str]) -> PromptEmbeddings:
+        """Embeddings as ``FluxPipeline.encode_prompt`` computes them: padded, without an attention mask."""
+        tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
+        return PromptEmbeddings(
+            tokens=self.token_encoder(tokens.input_ids).last_hidden_state,
+            pooled=self.pooled_encoder(tokens.input_ids).pooler_output,
+        )
+
+    def as_flow_model(self) -> FluxModel:
+        return FluxModel(self.transformer, build_scheduler(), IMAGE_SIZE, IMAGE_SIZE)
+
+
+def draw_batch(size: int, rng: random.Random) -> tuple[list[str], Tensor]:
+    """Captions and images ``(size, 3, 32, 32)`` in [0, 1]; ``CAPTION_NOISE`` of the captions are wrong."""
+    captions, images = [], []
+    for prompt in draw_prompts(all_prompts(), size, rng):
+        shown = hard_negative(prompt, rng) if rng.random() < CAPTION_NOISE else prompt
+        captions.append(prompt.text)
+        images.append(render(draw_scene(shown, rng)))
+    return captions, torch.from_numpy(np.stack(images))
+
+
+def flow_matching_loss(
+    model: FlowModel[Any], embeddings: PromptEmbeddings, images: Tensor, generator: torch.Generator
+) -> Tensor:
+    """``mean |v(x_s, s) - (noise - data)|^2`` over ``images (B, 3, H, W)``, with ``s = sigmoid(N(0.8, 1.1))``: the
+    noisy end, where the layout is decided, is visited often."""
+    data = pack_pixels(images)
+    noise = torch.randn(data.shape, generator=generator)
+    sigma = torch.sigmoid(0.8 + 1.1 * torch.randn(len(data), generator=generator))
+    latents = torch.lerp(data, noise, sigma[:, None, None])
+    velocity = model.velocity(latents, sigma, embeddings)
+    return (velocity - (noise - data)).square().mean()
+
+
+def train_base(folder: Path, stage_folder: Path, seed: int, log: Callable[[str], None]) -> None:
+    """Writes the base model to ``folder`` and its snapshots to ``stage_folder/step-N``."""
+    torch.manual_seed(seed)
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    model = TinyFlux()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.05, cycle_momentum=False
+    )
+    judged = balanced_prompts(all_prompts(), 192)
+    started = time.monotonic()
+    for step in range(1, STEPS + 1):
+        captions, images = draw_batch(BATCH, rng)
+        loss = flow_matching_loss(model.as_flow_model(), model.encode(captions), images, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+        if step % 500 == 0 or step in STAGES:
+            ema = cast(TinyFlux, average.module)
+            with torch.no_grad():
+                embeddings = ema.encode([prompt.text for prompt in judged])
+            result = evaluate(ema.as_flow_model(), embeddings, judged, seed=step)
+            log(
+                f"base step {step} loss {loss.item():.4f} exact {result.accuracy('exact').mean:.3f} "
+                f"clean {result.accuracy('clean').mean:.3f} {time.monotonic() - started:.0f}s"
+            )
+        if step in STAGES:
+            target = folder if step == STEPS else stage_folder / f"step-{step}"
+            save_model(target, ema.transformer, ema.pooled_encoder, ema.token_encoder)

@@ -1,0 +1,58 @@
+"""Turns outside values into dataclasses; what is wrong with them becomes one sentence with the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one sentence with the remedy; the command line exits with 2."""
+
+
+def brief(error: Exception) -> str:
+    """The message of ``error`` in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for a near miss, else the list of what is valid."""
+    options = sorted(valid)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; valid are: {', '.join(options)}"
+
+
+def validated(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """The dataclass ``cls`` from ``values``, types and ranges checked; ``where`` names their place.
+
+    Raises UserError for an unknown key (naming the nearest valid one), a missing key, a wrong type or range.
+    """
+    _refuse_unknown_keys(cls, values, where)
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        raise UserError(f"{where}: {_sentence(error)}") from None
+
+
+def _refuse_unknown_keys(cls: type[Any], values: Mapping[str, Any], where: str, section: str = "") -> None:
+    fields = {field.name: field.default_factory for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"{where}: unknown key '{section}{key}'{did_you_mean(str(key), fields)}")
+        if dataclasses.is_dataclass(fields[key]) and isinstance(value, Mapping):
+            _refuse_unknown_keys(cast(type[Any], fields[key]), value, where, f"{section}{key}.")
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] in ("missing", "missing_argument"):
+        return f"'{key}' is missing; add it"
+    return f"'{key}' is {first['input']!r}: {reason[0].lower()}{reason[1:]}" if key else reason

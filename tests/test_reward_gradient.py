@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from leapalign.reward_gradient import reward_gradient
+
+LATENTS = torch.linspace(-0.4, 1.3, 5 * 12, dtype=torch.float64).view(5, 12)
+PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
+
+
+def decode(latents: Tensor) -> Tensor:
+    return latents.view(-1, 3, 2, 2)
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.square().mean(dim=(1, 2, 3)) * torch.tensor([len(prompt) for prompt in prompts])
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2, 5, 9])
+def test_gradient_of_each_sample_whatever_the_chunk(chunk: int | None) -> None:
+    scored = reward_gradient(decode, brightness, LATENTS, PROMPTS, chunk)
+    clamped = LATENTS.clamp(0, 1)
+    length = torch.tensor([len(prompt) for prompt in PROMPTS])
+    torch.testing.assert_close(scored.rewards, clamped.square().mean(dim=1) * length)
+    torch.testing.assert_close(scored.gradient, 2 * clamped / 12 * length[:, None])
+    torch.testing.assert_close(scored.images, decode(clamped))
+    assert not scored.rewards.requires_grad
+
+
+def test_saturated_pixels_keep_their_gradient() -> None:
+    scored = reward_gradient(decode, lambda images, prompts: images.sum(dim=(1, 2, 3)), LATENTS, PROMPTS)
+    assert bool((LATENTS > 1).any())
+    assert bool((LATENTS < 0).any())
+    assert torch.equal(scored.gradient, torch.ones_like(LATENTS))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda images, prompts: images.mean(), r"shape \(5,\)"),
+        (lambda images, prompts: images.mean(dim=(1, 2, 3)).detach(), "without a gradient"),
+    ],
+)
+def test_unusable_rewards_are_refused(reward: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reward_gradient(decode, reward, LATENTS, PROMPTS)

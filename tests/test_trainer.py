@@ -1,0 +1,200 @@
+"""The loop as a whole, on a small random model and reward: equivalences, resume, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from leapalign.checkpoint import AVERAGE, TRANSFORMER, latest_checkpoint, read_weights
+from leapalign.config import Config, override
+from leapalign.models.flux import FluxModel
+from leapalign.run import prepare_resume, run_training
+from leapalign.run_folder import MetricsLog, read_metrics
+from leapalign.tiny.model import (
+    build_pooled_encoder,
+    build_scheduler,
+    build_token_encoder,
+    build_transformer,
+    save_model,
+)
+from leapalign.tiny.train_rewards import build_scorer, save_scorer
+from leapalign.trainer import Trainer
+from leapalign.validation import UserError, validated
+
+PROMPTS = ["a circle", "two squares", "a red cross", "a cross and a square", "four circles"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny FLUX, a random CLIP reward and a prompt file."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    save_model(folder / "model", build_transformer(), build_pooled_encoder(), build_token_encoder())
+    save_scorer(build_scorer(), folder / "reward")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+def config_of(parts: Path, output: Path, *assignments: str) -> Config:
+    settings = (
+        f"output={output}",
+        f"model.path={parts / 'model'}",
+        f"reward.path={parts / 'reward'}",
+        "reward.name=pickscore",
+        f"prompts.path={parts / 'prompts.txt'}",
+        "threshold=1.0",
+        "rollout.num_steps=3",
+        "rollout.batch_size=4",
+        "train.batch_size=4",
+        "train.iterations=4",
+        "optimizer.learning_rate=1e-3",
+        "checkpoint.every=2",
+        "samples.every=2",
+        "samples.count=2",
+    )
+    return validated(Config, override({}, (*settings, *assignments)), "test")
+
+
+def train(config: Config, resume: bool = False) -> Trainer:
+    trainer = Trainer.from_config(config)
+    if resume:
+        prepare_resume(trainer)
+    run_training(trainer)
+    return trainer
+
+
+def weights(trainer: Trainer) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.transformer.parameters()])
+
+
+def without_time(records: list[dict[str, float]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def test_two_runs_are_bit_equal_and_move_the_weights(parts: Path, tmp_path: Path) -> None:
+    first, second = (train(config_of(parts, tmp_path / name)) for name in "ab")
+    assert torch.equal(weights(first), weights(second))
+    assert without_time(read_metrics(tmp_path / "a")) == without_time(read_metrics(tmp_path / "b"))
+    start = Trainer.from_config(config_of(parts, tmp_path / "c"))
+    assert not torch.equal(weights(first), weights(start))
+    other = train(config_of(parts, tmp_path / "d", "seed=1"))
+    assert not torch.equal(weights(first), weights(other))
+
+
+def test_resume_is_bit_equal_to_not_stopping(parts: Path, tmp_path: Path) -> None:
+    whole = train(config_of(parts, tmp_path / "whole", "optimizer.warmup_iterations=3"))
+    stopped = Trainer.from_config(config_of(parts, tmp_path / "cut", "optimizer.warmup_iterations=3"))
+    run = tmp_path / "cut"
+    run.mkdir()
+    with MetricsLog(run, 0) as log:
+        for record in stopped.run():
+            log.write(record)
+            if record["iteration"] == 3:  # one iteration past the checkpoint: lost, and done again
+                break
+    resumed = train(config_of(parts, run, "optimizer.warmup_iterations=3"), resume=True)
+    assert torch.equal(weights(whole), weights(resumed))
+    for folder in (TRANSFORMER, AVERAGE):
+        a, b = (read_weights(tmp_path / name / "checkpoints" / "step-4" / folder) for name in ("whole", "cut"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert without_time(read_metrics(run)) == without_time(read_metrics(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [("train.microbatch=1",), ("train.microbatch=3",), ("train.reward_chunk=1",)],
+)
+def test_splitting_the_work_changes_only_rounding(parts: Path, tmp_path: Path, assignments: tuple[str, ...]) -> None:
+    whole = train(config_of(parts, tmp_path / "whole", "train.iterations=1"))
+    split = train(config_of(parts, tmp_path / "split", "train.iterations=1", *assignments))
+    records = [read_metrics(tmp_path / name)[0] for name in ("whole", "split")]
+    for name in ("reward", "loss", "grad_norm", "d_j"):
+        assert records[0][name] == pytest.approx(records[1][name], rel=1e-4)
+    del whole, split
+
+
+def gradient(config: Config) -> Tensor:
+    """The gradient of the first iteration."""
+    trainer = Trainer.from_config(config)
+    total, size = config.train.batch_size, config.rollout.batch_size
+    for start in range(0, total, size):
+        trainer._accumulate(range(start, start + size), share=size / total)
+    return torch.cat([p.grad.flatten() for p in trainer.model.transformer.parameters() if p.grad is not None])
+
+
+def test_accumulated_gradient_is_the_mean_over_rollouts(parts: Path, tmp_path: Path) -> None:
+    """Two rollouts of 4 give the mean of their gradients: one division by the accumulation count."""
+    both = gradient(config_of(parts, tmp_path, "train.batch_size=8"))
+    trainer = Trainer.from_config(config_of(parts, tmp_path))
+    singles = []
+    for start in (0, 4):
+        trainer._accumulate(range(start, start + 4), share=1.0)
+        singles.append(
+            torch.cat([p.grad.flatten() for p in trainer.model.transformer.parameters() if p.grad is not None])
+        )
+        trainer.model.transformer.zero_grad()
+    torch.testing.assert_close(both, (singles[0] + singles[1]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_run_folder_holds_what_it_promises(parts: Path, tmp_path: Path) -> None:
+    trainer = train(config_of(parts, tmp_path / "run"))
+    run = tmp_path / "run"
+    assert [record["iteration"] for record in read_metrics(run)] == [1, 2, 3, 4]
+    assert {"reward", "loss", "grad_norm", "d_j", "d_end", "w", "seconds"} <= read_metrics(run)[0].keys()
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-0.png", "step-2.png", "step-4.png"]
+    assert list((run / "tensorboard").glob("events.*"))
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint == run / "checkpoints" / "step-4"
+    # Diffusers layout: the real class loads it.
+    loaded = type(trainer.model.transformer).from_pretrained(checkpoint / TRANSFORMER)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), trainer.model.transformer.parameters(), strict=True)
+    )
+    assert not list(run.rglob("*.partial"))
+
+
+def test_average_follows_its_formula(parts: Path, tmp_path: Path) -> None:
+    """``avg <- d avg + (1 - d) w`` with ``d = min(0.995, (1 + i) / (10 + i))`` from the second step on."""
+    trainer = Trainer.from_config(config_of(parts, tmp_path / "run", "train.iterations=3"))
+    average = weights(trainer)
+    for record in trainer.run():
+        step = int(record["iteration"]) - 1
+        decay = min(0.995, (1 + step) / (10 + step)) if step else 0.0
+        average = decay * average + (1 - decay) * weights(trainer)
+    with trainer.optimizer.averaged_weights():
+        torch.testing.assert_close(weights(trainer), average, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(weights(trainer), average)
+
+
+def test_damaged_checkpoint_is_named(parts: Path, tmp_path: Path) -> None:
+    config = config_of(parts, tmp_path / "run", "train.iterations=2")
+    train(config)
+    file = tmp_path / "run" / "checkpoints" / "step-2" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="step-2' cannot be resumed"):
+        train(config, resume=True)
+
+
+def test_unfinished_checkpoint_is_not_taken(parts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-9.partial").mkdir(parents=True)
+    assert latest_checkpoint(run) is None
+
+
+def test_cut_metrics_line_is_dropped_on_resume(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "reward": 0.5}\n{"iteration": 2, "rew')
+    with MetricsLog(tmp_path, 1) as log:
+        log.write({"iteration": 2, "reward": 0.6})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2]
+
+
+def test_model_protocol_is_met_by_flux(parts: Path) -> None:
+    model = FluxModel.load(parts / "model", 32, 32)
+    assert model.draw_noise([1, 2]).shape == (2, 64, 48)
+    assert torch.equal(model.draw_noise([1, 2])[1], model.draw_noise([2])[0])
+    assert build_scheduler().config.use_dynamic_shifting

@@ -1,0 +1,91 @@
+"""Small models that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from leapalign.models.flux import FluxModel, PromptEmbeddings
+from leapalign.rollout import Rollout, sample_rollout
+from leapalign.tiny.model import build_scheduler
+
+
+@dataclass
+class World:
+    """A velocity network with a rollout on it, and a reward gradient at the generated latent."""
+
+    velocity: Callable[[Tensor, Tensor], Tensor]
+    parameters: list[nn.Parameter]
+    rollout: Rollout
+    x0_gradient: Tensor
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(7))
+
+    def gradients(self) -> Tensor:
+        """All parameter gradients as one vector, cleared afterwards."""
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = torch.cat([part.flatten() for part in parts])
+        for parameter in self.parameters:
+            parameter.grad = None
+        return flat
+
+
+class VectorField(nn.Module):
+    """A perceptron over flattened latents and sigma."""
+
+    def __init__(self, shape: tuple[int, ...], width: int = 24) -> None:
+        super().__init__()
+        size = int(torch.tensor(shape).prod())
+        self.layers = nn.Sequential(nn.Linear(size + 1, width), nn.Tanh(), nn.Linear(width, size))
+
+    def forward(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        inputs = torch.cat([latents.flatten(1), sigma[:, None].to(latents)], dim=1)
+        return self.layers(inputs).view_as(latents)
+
+
+def vector_world(shape: tuple[int, ...], batch: int, steps: int, dtype: torch.dtype = torch.float64) -> World:
+    """A `VectorField` world; sigmas are unevenly spaced."""
+    network = VectorField(shape).to(dtype)
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=dtype) ** 1.3
+    rollout = sample_rollout(network, torch.randn(batch, *shape, dtype=dtype), sigmas)
+    return World(network, list(network.parameters()), rollout, torch.randn(batch, *shape, dtype=dtype))
+
+
+def small_flux(guidance_embeds: bool = False) -> FluxTransformer2DModel:
+    """A random FLUX of one double and one single block, over packed latents of 16 channels."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        pooled_projection_dim=10,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 4, 4),
+    )
+
+
+def flux_embeddings(batch: int, dtype: torch.dtype = torch.float32) -> PromptEmbeddings:
+    return PromptEmbeddings(torch.randn(batch, 5, 20, dtype=dtype), torch.randn(batch, 10, dtype=dtype))
+
+
+def flux_world(batch: int, steps: int, dtype: torch.dtype) -> World:
+    """A `small_flux` world; the velocity is conditioned on prompts."""
+    model = FluxModel(small_flux().to(dtype), build_scheduler(), 16, 16)
+    embeddings = flux_embeddings(batch, dtype)
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        return model.velocity(latents, sigma, embeddings)
+
+    sigmas = model.sigmas(steps).to(dtype)
+    rollout = sample_rollout(velocity, torch.randn(batch, 16, 16, dtype=dtype), sigmas)
+    return World(velocity, list(model.transformer.parameters()), rollout, torch.randn(batch, 16, 16, dtype=dtype))
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
