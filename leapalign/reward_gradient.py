@@ -34,6 +34,12 @@ class _StraightThroughClamp(torch.autograd.Function):
         return gradients[0]
 
 
+def to_unit_range(images: Tensor) -> Tensor:
+    """``images`` clamped to [0, 1]; the gradient passes unchanged."""
+    clamped: Tensor = _StraightThroughClamp.apply(images)
+    return clamped
+
+
 def reward_gradient(
     decode: Callable[[Tensor], Tensor],
     reward: RewardFn,
@@ -52,7 +58,7 @@ def reward_gradient(
         part = slice(start, start + (chunk or len(latents)))
         with torch.enable_grad():
             x = latents[part].detach().requires_grad_()
-            image: Tensor = _StraightThroughClamp.apply(decode(x))
+            image = to_unit_range(decode(x))
             scores = reward(image, prompts[part])
         if scores.shape != (len(x),) or not scores.requires_grad:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from leapalign.embedded import resolve
-from leapalign.reward_gradient import RewardFn
+from leapalign.reward_gradient import RewardFn, to_unit_range
 from leapalign.validation import UserError, brief
 
 
@@ -60,11 +60,13 @@ class ClipScorer(torch.nn.Module):
         self.register_buffer("std", torch.tensor(image_processor.image_std).view(3, 1, 1))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Short side to the model's size (bicubic, antialiased), centre crop, normalised."""
+        """As the model's own image processor: short side to its size (bicubic, antialiased), centre crop, normalised.
+
+        Overshoot of the resize is clipped, as 8-bit pictures clip it, but keeps its gradient.
+        """
         height, width = images.shape[-2:]
-        ratio = self.side / min(height, width)
-        size = (round(height * ratio), round(width * ratio))
-        images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        size = (int(height * self.side / min(height, width)), int(width * self.side / min(height, width)))
+        images = to_unit_range(F.interpolate(images, size, mode="bicubic", antialias=True))
         top, left = (size[0] - self.side) // 2, (size[1] - self.side) // 2
         images = images[..., top : top + self.side, left : left + self.side]
         return (images - self.mean) / self.std

@@ -1,0 +1,111 @@
+"""Peak activation bytes of one LeapAlign backward on the tiny FLUX: staged against the in-line graph.
+
+    python benchmarks/activation_memory.py --batch-size 16
+
+Counts live tensor storages on the CPU, from after the rollout to the last gradient; weights, gradients, embeddings
+and the rollout's own latents are there in both and not counted. The in-line graph holds both leaps, the decoder and
+the reward at once, as a trainer that calls ``loss.backward()`` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from leap_kernels import consistency_weighted_loss, leap_update, scale_gradient
+from torch import Tensor
+
+from leapalign.config import ModelConfig
+from leapalign.memory.ledger import StorageLedger
+from leapalign.methods import get_method
+from leapalign.models import PromptedVelocity, encode_prompts, load_model
+from leapalign.reward_gradient import reward_gradient, to_unit_range
+from leapalign.rewards import get_reward
+from leapalign.rollout import Rollout, per_sample, sample_rollout
+from leapalign.surrogate import surrogate_backward
+from leapalign.tiny.world import all_prompts, balanced_prompts
+
+ALPHA, TAU, THRESHOLD = 0.3, 0.1, 1.0
+
+
+class Setting:
+    """The shipped tiny model and reward, one rollout on them, and one draw of leaps."""
+
+    def __init__(self, batch_size: int, num_steps: int = 25) -> None:
+        self.prompts = [prompt.text for prompt in balanced_prompts(all_prompts(), batch_size)]
+        self.model = load_model(ModelConfig())
+        self.reward: Any = get_reward("pickscore", path="embedded:reward")
+        self.velocity = PromptedVelocity(self.model, encode_prompts(ModelConfig(), self.prompts))
+        self.sigmas = self.model.sigmas(num_steps)
+        self.rollout: Rollout = sample_rollout(self.velocity, self.model.draw_noise(range(batch_size)), self.sigmas)
+        self.method = get_method("leapalign", alpha=ALPHA, tau=TAU)
+        self.indices = self.method.draw(num_steps, batch_size, torch.Generator().manual_seed(0))
+        self.parameters = list(self.model.transformer.parameters())
+        self.clear()
+
+    def clear(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def gradient(self) -> Tensor:
+        return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+
+    def staged(self) -> None:
+        scored = reward_gradient(self.model.decode, self.reward, self.rollout.latents[-1], self.prompts)
+        reward = scored.rewards.requires_grad_()
+        loss, _ = self.method.loss(reward, THRESHOLD, self.rollout, **self.indices)
+        (factor,) = torch.autograd.grad(loss, reward)
+        gradient = per_sample(factor, scored.gradient) * scored.gradient
+        del scored
+        surrogate_backward(self.method.plan(self.sigmas, **self.indices), self.rollout, self.velocity, gradient)
+
+    def inline(self) -> None:
+        k, j = self.indices["k"], self.indices["j"]
+        samples, latents = torch.arange(len(k)), self.rollout.latents
+        sigma_k, sigma_j, zero = self.sigmas[k], self.sigmas[j], torch.zeros(len(k))
+        velocity_k = self.velocity(latents[k, samples], sigma_k)
+        x_j, d_j = leap_update(latents[k, samples], velocity_k, sigma_k, sigma_j, target=latents[j, samples])
+        velocity_j = self.velocity(scale_gradient(x_j, ALPHA), sigma_j)
+        x_end, d_end = leap_update(x_j, velocity_j, sigma_j, zero, target=latents[-1])
+        assert d_j is not None
+        assert d_end is not None
+        reward = self.reward(to_unit_range(self.model.decode(x_end)), self.prompts)
+        loss, _ = consistency_weighted_loss(reward, (d_j, d_end), THRESHOLD, TAU)
+        loss.backward()
+
+
+def peak_bytes(setting: Setting, backward: Callable[[], None]) -> int:
+    setting.clear()
+    with StorageLedger() as ledger:
+        ledger.exclude(setting.rollout.latents, setting.rollout.velocities, setting.sigmas)
+        ledger.exclude(setting.velocity.embeddings.tokens, setting.velocity.embeddings.pooled)
+        for module in (setting.model.transformer, setting.reward):
+            ledger.exclude(*module.parameters(), *module.buffers())
+        ledger.exclude(*(p.grad for p in setting.parameters if p.grad is not None))
+        backward()
+    return ledger.peak
+
+
+def measure(batch_size: int) -> dict[str, float]:
+    """Peaks in bytes, their ratio, and the relative difference of the two gradients."""
+    setting = Setting(batch_size)
+    inline = peak_bytes(setting, setting.inline)
+    expected = setting.gradient()
+    staged = peak_bytes(setting, setting.staged)
+    difference = float((setting.gradient() - expected).norm() / expected.norm())
+    return {
+        "batch_size": batch_size,
+        "inline_bytes": inline,
+        "staged_bytes": staged,
+        "ratio": staged / inline,
+        "gradient_difference": difference,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=16)
+    print(json.dumps(measure(parser.parse_args().batch_size)))
