@@ -19,7 +19,7 @@ WEIGHTS = "model.safetensors"
 
 
 class Critic(nn.Module):
-    """``(images (B, 3, 32, 32) in [0, 1], prompts) -> (B,)`` logits that the image satisfies the prompt."""
+    """``(images (B, 3, 32, 32) in [0, 1], prompts) -> (B,)``, probability that the image satisfies the prompt."""
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -41,6 +41,9 @@ class Critic(nn.Module):
         self.text_encoder = nn.GRU(width, width, batch_first=True)
         self.head = nn.Sequential(nn.Linear(3 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 1))
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        return self.image_encoder(2 * images - 1)
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(list(prompts), padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
         return self.text_encoder(self.words(tokens.input_ids))[1][0]
@@ -51,7 +54,7 @@ class Critic(nn.Module):
         return self.head(torch.cat([image, text, image * text], dim=-1)).squeeze(-1)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.compare(self.image_encoder(2 * images - 1), self.encode_text(prompts))
+        return self.compare(self.encode_images(images), self.encode_text(prompts)).sigmoid()
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

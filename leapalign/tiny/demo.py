@@ -18,7 +18,7 @@ from leapalign.optim import Optimizer
 from leapalign.reward_gradient import RewardFn
 from leapalign.tiny.critic import Critic
 from leapalign.tiny.evaluate import RULES, Evaluation, evaluate
-from leapalign.tiny.train_base import draw_batch, flow_matching_loss
+from leapalign.tiny.train_base import PHASES, draw_batch, flow_matching_loss
 from leapalign.tiny.world import FAMILIES, Prompt, all_prompts, balanced_prompts, split_prompts
 from leapalign.trainer import Trainer, seed_of
 
@@ -67,7 +67,7 @@ def train_control(config: Config, seconds: float) -> FlowModel[Any]:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
-        captions, images = draw_batch(config.train.batch_size, rng)
+        captions, images = draw_batch(config.train.batch_size, PHASES[-1].caption_noise, rng)
         chosen = embeddings[torch.tensor([row[caption] for caption in captions])]
         flow_matching_loss(model, chosen, images, generator).backward()
         optimizer.step()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from leapalign.embedded import FOLDER
@@ -27,6 +28,9 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
 
+    def prefixed(self, name: str) -> Callable[[str], None]:
+        return lambda line: self(f"{name} {line}")
+
     def __call__(self, line: str) -> None:
         line = f"{time.monotonic() - self._started:6.0f}s  {line}"
         print(line, flush=True)
@@ -46,7 +50,7 @@ def main() -> None:
             pool = build_pool(work, seed)
             share = pool.labels.gather(1, pool.own[:, None]).float().mean().item()
             log(f"{name}: {len(pool.images)} images, {share:.3f} of them satisfy their prompt")
-            train(pool, FOLDER / name, seed, lambda line, name=name: log(f"{name} {line}"))
+            train(pool, FOLDER / name, seed, log.prefixed(name))
 
 
 if __name__ == "__main__":

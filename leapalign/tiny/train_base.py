@@ -8,8 +8,8 @@ to lay it out wrongly, which is what a reward can then repair.
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,13 +43,23 @@ from leapalign.tiny.world import (
     render,
 )
 
-CAPTION_NOISE = 0.4
-STEPS = 7000
 BATCH = 48
-LEARNING_RATE = 2e-3
 EMA_DECAY = 0.998
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``steps`` at a peak ``learning_rate``, with a share ``caption_noise`` of the captions wrong."""
+
+    steps: int
+    learning_rate: float
+    caption_noise: float
+
+
+# First to draw anything, then to bind a little better.
+PHASES = (Phase(7000, 2e-3, 0.4), Phase(3000, 1e-3, 0.3))
 # Snapshots, in steps: the reward models learn from pictures of every stage, as human-preference data does.
-STAGES = (1000, 2000, 3500, STEPS)
+STAGES = (1000, 2000, 3500, 7000)
 
 
 class TinyFlux(torch.nn.Module):
@@ -74,11 +84,11 @@ class TinyFlux(torch.nn.Module):
         return FluxModel(self.transformer, build_scheduler(), IMAGE_SIZE, IMAGE_SIZE)
 
 
-def draw_batch(size: int, rng: random.Random) -> tuple[list[str], Tensor]:
-    """Captions and images ``(size, 3, 32, 32)`` in [0, 1]; ``CAPTION_NOISE`` of the captions are wrong."""
+def draw_batch(size: int, caption_noise: float, rng: random.Random) -> tuple[list[str], Tensor]:
+    """Captions and images ``(size, 3, 32, 32)`` in [0, 1]; a share ``caption_noise`` of the captions is wrong."""
     captions, images = [], []
     for prompt in draw_prompts(all_prompts(), size, rng):
-        shown = hard_negative(prompt, rng) if rng.random() < CAPTION_NOISE else prompt
+        shown = hard_negative(prompt, rng) if rng.random() < caption_noise else prompt
         captions.append(prompt.text)
         images.append(render(draw_scene(shown, rng)))
     return captions, torch.from_numpy(np.stack(images))
@@ -100,17 +110,31 @@ def flow_matching_loss(
 def train_base(folder: Path, stage_folder: Path, seed: int, log: Callable[[str], None]) -> None:
     """Writes the base model to ``folder`` and its snapshots to ``stage_folder/step-N``."""
     torch.manual_seed(seed)
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     model = TinyFlux()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    ema = cast(TinyFlux, average.module)
+    step = 0
+    for number, phase in enumerate(PHASES):
+        for _ in train_phase(model, average, phase, seed + number):
+            step += 1
+            if step % 500 == 0:
+                log(f"base step {step} {describe(ema, seed=step)}")
+            if step in STAGES:
+                save_model(stage_folder / f"step-{step}", ema.transformer, ema.pooled_encoder, ema.token_encoder)
+    save_model(folder, ema.transformer, ema.pooled_encoder, ema.token_encoder)
+
+
+def train_phase(model: TinyFlux, average: AveragedModel, phase: Phase, seed: int) -> Iterator[int]:
+    """Trains ``model`` from its ``average``, which it updates; yields after each step."""
+    model.load_state_dict(average.module.state_dict())
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rate = phase.learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.05, cycle_momentum=False
+        optimizer, rate, total_steps=phase.steps, pct_start=0.05, cycle_momentum=False
     )
-    judged = balanced_prompts(all_prompts(), 192)
-    started = time.monotonic()
-    for step in range(1, STEPS + 1):
-        captions, images = draw_batch(BATCH, rng)
+    for step in range(phase.steps):
+        captions, images = draw_batch(BATCH, phase.caption_noise, rng)
         loss = flow_matching_loss(model.as_flow_model(), model.encode(captions), images, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -118,15 +142,13 @@ def train_base(folder: Path, stage_folder: Path, seed: int, log: Callable[[str],
         optimizer.step()
         schedule.step()
         average.update_parameters(model)
-        if step % 500 == 0 or step in STAGES:
-            ema = cast(TinyFlux, average.module)
-            with torch.no_grad():
-                embeddings = ema.encode([prompt.text for prompt in judged])
-            result = evaluate(ema.as_flow_model(), embeddings, judged, seed=step)
-            log(
-                f"base step {step} loss {loss.item():.4f} exact {result.accuracy('exact').mean:.3f} "
-                f"clean {result.accuracy('clean').mean:.3f} {time.monotonic() - started:.0f}s"
-            )
-        if step in STAGES:
-            target = folder if step == STEPS else stage_folder / f"step-{step}"
-            save_model(target, ema.transformer, ema.pooled_encoder, ema.token_encoder)
+        yield step
+
+
+@torch.no_grad()
+def describe(model: TinyFlux, seed: int) -> str:
+    """Accuracy over 192 prompts."""
+    prompts = balanced_prompts(all_prompts(), 192)
+    embeddings = model.encode([prompt.text for prompt in prompts])
+    result = evaluate(model.as_flow_model(), embeddings, prompts, seed)
+    return f"exact {result.accuracy('exact').mean:.3f} clean {result.accuracy('clean').mean:.3f}"

@@ -31,7 +31,8 @@ CLIP_SIDE = 16  # half the image: like real rewards, it sees a downsampled pictu
 TRAIN_STEPS = 3000
 BATCH = 128
 LEARNING_RATE = 1e-3
-MAX_NOISE = 0.08  # standard deviation of pixel noise added in training; the verdict survives it
+ATTACK_RADIUS = 2.0  # L2 norm over an image's pixels in [0, 1]; recolouring one object takes about 10
+ATTACK_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,16 @@ def save_scorer(scorer: ClipScorer, folder: Path) -> None:
     scorer.image_processor.save_pretrained(folder)
 
 
+@dataclass(frozen=True)
+class Comparator:
+    """A reward in parts: features of images ``(B, ...)`` and of prompts ``(P, ...)``, and logits of their pairs,
+    which broadcast."""
+
+    encode_images: Callable[[Tensor], Tensor]
+    encode_prompts: Callable[[Sequence[str]], Tensor]
+    compare: Callable[[Tensor, Tensor], Tensor]
+
+
 def preference_loss(logits: Tensor, labels: Tensor, own: Tensor) -> Tensor:
     """Balanced cross-entropy over all prompts, plus that of the prompt each image was made for.
 
@@ -132,39 +143,77 @@ def preference_loss(logits: Tensor, labels: Tensor, own: Tensor) -> Tensor:
     return every + 2 * losses.gather(1, own[:, None]).mean()
 
 
+def attack(
+    images: Tensor, truth: Tensor, logits_of: Callable[[Tensor], Tensor], generator: torch.Generator
+) -> Tensor:
+    """``images (B, 3, H, W)`` moved by at most ``ATTACK_RADIUS`` (L2 norm) to where the reward errs most.
+
+    A picture changed so little still gets the same verdict (``truth (B,)``). A reward that withstands it has to look
+    at objects, and its gradient moves objects rather than texture.
+    """
+    start = torch.randn(images.shape, generator=generator)
+    shift = start * (ATTACK_RADIUS / 2 / start.flatten(1).norm(dim=1))[:, None, None, None]
+    for _ in range(ATTACK_STEPS):
+        shift = shift.detach().requires_grad_()
+        logits = logits_of((images + shift).clamp(0, 1))
+        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, shift)
+        norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+        shift = shift.detach() + ATTACK_RADIUS / 2 * gradient / norm
+        length = shift.flatten(1).norm(dim=1)[:, None, None, None]
+        shift = shift * (ATTACK_RADIUS / length).clamp(max=1)
+    return (images + shift).clamp(0, 1)
+
+
 def train_scorer(
-    module: torch.nn.Module,
-    all_logits: Callable[[Tensor], Tensor],
-    pool: JudgedPool,
-    seed: int,
-    log: Callable[[str], None],
+    module: torch.nn.Module, parts: Comparator, pool: JudgedPool, seed: int, log: Callable[[str], None]
 ) -> None:
-    """Trains ``module``; ``all_logits(images (B, 3, H, W)) -> (B, P)`` scores them against every prompt."""
+    """Trains ``module``, whose ``parts`` score images, on attacked images of ``pool``."""
     kept, tested = pool.split(len(pool.images) - 1000)
+    texts = [prompt.text for prompt in all_prompts()]
     module.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=TRAIN_STEPS)
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, TRAIN_STEPS + 1):
         chosen = torch.randint(len(kept.images), (BATCH,), generator=generator)
-        images = kept.images[chosen].float() / 255
-        noise = torch.randn(images.shape, generator=generator)
-        images = (images + MAX_NOISE * torch.rand(BATCH, 1, 1, 1, generator=generator) * noise).clamp(0, 1)
-        loss = preference_loss(all_logits(images), kept.labels[chosen], kept.own[chosen])
+        images, labels, own = kept.images[chosen].float() / 255, kept.labels[chosen], kept.own[chosen]
+        prompts = parts.encode_prompts(texts)
+        images = _attacked(parts, images, labels, own, prompts.detach(), generator)
+        logits = parts.compare(parts.encode_images(images)[:, None], prompts[None])
+        loss = preference_loss(logits, labels, own)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 500 == 0:
-            with torch.no_grad():
-                logits = torch.cat([all_logits(part.float() / 255) for part in tested.images.split(256)])
-            own = tested.own[:, None]
-            auc_own = auc(logits.gather(1, own)[:, 0], tested.labels.gather(1, own)[:, 0])
-            log(
-                f"step {step} loss {loss.item():.3f} AUC all prompts {auc(logits, tested.labels):.4f} own {auc_own:.4f}"
-            )
+            log(f"step {step} loss {loss.item():.3f} {describe(parts, tested, generator)}")
     module.eval().requires_grad_(False)
+
+
+def _attacked(
+    parts: Comparator, images: Tensor, labels: Tensor, own: Tensor, prompts: Tensor, generator: torch.Generator
+) -> Tensor:
+    """`attack` on each image's score for its own prompt."""
+    truth = labels.gather(1, own[:, None])[:, 0].float()
+    return attack(images, truth, lambda x: parts.compare(parts.encode_images(x), prompts[own]), generator)
+
+
+def describe(parts: Comparator, pool: JudgedPool, generator: torch.Generator) -> str:
+    """AUC on unseen images: over all prompts, for the prompt of each image, and the same under attack."""
+    with torch.no_grad():
+        prompts = parts.encode_prompts([prompt.text for prompt in all_prompts()])
+    images = pool.images.float() / 255
+    attacked = _attacked(parts, images, pool.labels, pool.own, prompts, generator)
+    with torch.no_grad():
+        logits = torch.cat([parts.compare(parts.encode_images(x)[:, None], prompts[None]) for x in images.split(256)])
+        under_attack = parts.compare(parts.encode_images(attacked), prompts[pool.own])
+    own = pool.labels.gather(1, pool.own[:, None])[:, 0]
+    return (
+        f"AUC all prompts {auc(logits, pool.labels):.4f} own {auc(logits.gather(1, pool.own[:, None])[:, 0], own):.4f} "
+        f"attacked {auc(under_attack, own):.4f}"
+    )
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
@@ -179,18 +228,14 @@ def train_reward(pool: JudgedPool, folder: Path, seed: int, log: Callable[[str],
     """The reward that runs optimise, in CLIP layout."""
     torch.manual_seed(seed)
     scorer = build_scorer()
-    texts = [prompt.text for prompt in all_prompts()]
-    bias = torch.nn.Parameter(torch.tensor(-4.0))  # calibrates the logits in training; a reward needs only the cosine
+    # Calibrates the logits in training; as a reward, the cosine is enough.
+    bias = torch.nn.Parameter(torch.tensor(-4.0))
     scorer.register_parameter("bias", bias)
-    train_scorer(
-        scorer,
-        lambda images: (
-            scorer.embed_images(images) @ scorer.embed_prompts(texts).T * scorer.model.logit_scale.exp() + bias
-        ),
-        pool,
-        seed,
-        log,
-    )
+
+    def compare(image: Tensor, prompt: Tensor) -> Tensor:
+        return (image * prompt).sum(dim=-1) * scorer.model.logit_scale.exp() + bias
+
+    train_scorer(scorer, Comparator(scorer.embed_images, scorer.embed_prompts, compare), pool, seed, log)
     save_scorer(scorer, folder)
 
 
@@ -198,12 +243,5 @@ def train_critic(pool: JudgedPool, folder: Path, seed: int, log: Callable[[str],
     """The reward that only evaluates."""
     torch.manual_seed(seed)
     critic = Critic()
-    texts = [prompt.text for prompt in all_prompts()]
-    train_scorer(
-        critic,
-        lambda images: critic.compare(critic.image_encoder(2 * images - 1)[:, None], critic.encode_text(texts)[None]),
-        pool,
-        seed,
-        log,
-    )
+    train_scorer(critic, Comparator(critic.encode_images, critic.encode_text, critic.compare), pool, seed, log)
     critic.save(folder)
