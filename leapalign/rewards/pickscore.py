@@ -15,19 +15,22 @@ from leapalign.embedded import resolve
 from leapalign.reward_gradient import RewardFn, to_unit_range
 from leapalign.validation import UserError, brief
 
+Scale = Literal["cosine", "logit", "probability"]
+
 
 @dataclass(frozen=True)
 class PickScore:
     """Cosine of image and prompt embeddings.
 
     path: folder or hub id of the CLIP model. processor: of its tokenizer and image processor, default ``path``.
-    scale: ``cosine`` (about 0.2 for PickScore; what the papers' thresholds refer to) or ``logit`` (cosine times
-    the model's ``exp(logit_scale)``, about 100: the 20-24 that papers print).
+    scale: ``cosine`` (about 0.2 for PickScore; what the papers' thresholds refer to); ``logit`` (cosine times the
+    model's ``exp(logit_scale)``, about 100: the 20-24 that papers print); or ``probability``,
+    ``sigmoid(logit + logit_bias)``, for models whose config holds a ``logit_bias``.
     """
 
     path: str = "yuvalkirstain/PickScore_v1"
     processor: str | None = None
-    scale: Literal["cosine", "logit"] = "cosine"
+    scale: Scale = "cosine"
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read."""
@@ -38,6 +41,8 @@ class PickScore:
             image_processor = CLIPImageProcessor.from_pretrained(processor)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the reward from '{path}' ({brief(error)}); check reward.path") from None
+        if self.scale == "probability" and not hasattr(model.config, "logit_bias"):
+            raise UserError(f"'{path}' has no logit_bias in its config; choose reward.scale cosine or logit")
         return ClipScorer(model, tokenizer, image_processor, self.scale)
 
 
@@ -87,4 +92,7 @@ class ClipScorer(torch.nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         cosine = (self.embed_images(images) * self.embed_prompts(prompts)).sum(dim=-1)
-        return cosine * self.model.logit_scale.exp() if self.scale == "logit" else cosine
+        if self.scale == "cosine":
+            return cosine
+        logit = cosine * self.model.logit_scale.exp()
+        return logit if self.scale == "logit" else (logit + self.model.config.logit_bias).sigmoid()

@@ -15,7 +15,7 @@ from leapalign.tiny.train_base import STAGES, train_base
 from leapalign.tiny.train_rewards import build_pool, train_critic, train_reward
 from leapalign.tiny.world import split_prompts
 
-# Images generated at each stage of the base's training; most by the finished model, which runs start from.
+# Images generated at each stage of the base's training; most by the last, nearest to what runs start from.
 IMAGES_PER_STAGE = (1000, 1500, 2000, 4000)
 SEED = 0
 
@@ -44,11 +44,11 @@ def main() -> None:
     (FOLDER / "training_prompts.txt").write_text("".join(f"{prompt.text}\n" for prompt in training))
     with tempfile.TemporaryDirectory() as stages:
         train_base(FOLDER / "base", Path(stages), SEED, log)
-        folders = [*(Path(stages) / f"step-{step}" for step in STAGES[:-1]), FOLDER / "base"]
+        folders = [Path(stages) / f"step-{step}" for step in STAGES]
         work = list(zip(folders, IMAGES_PER_STAGE, strict=True))
         for name, train, seed in (("reward", train_reward, SEED + 1), ("critic", train_critic, SEED + 2)):
             pool = build_pool(work, seed)
-            share = pool.labels.gather(1, pool.own[:, None]).float().mean().item()
+            share = pool.own_labels().float().mean().item()
             log(f"{name}: {len(pool.images)} images, {share:.3f} of them satisfy their prompt")
             train(pool, FOLDER / name, seed, log.prefixed(name))
 

@@ -7,6 +7,7 @@ blur, foreign texture) and judged again, so that a reward cannot be pleased by t
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,28 @@ from leapalign.tiny.model import MAX_TOKENS, SPECIAL, WORDS, build_tokenizer
 from leapalign.tiny.world import IMAGE_SIZE, all_prompts, draw_prompts, draw_scene, render
 
 CLIP_SIDE = 16  # half the image: like real rewards, it sees a downsampled picture
-TRAIN_STEPS = 3000
 BATCH = 128
-LEARNING_RATE = 1e-3
-ATTACK_RADIUS = 2.0  # L2 norm over an image's pixels in [0, 1]; recolouring one object takes about 10
-ATTACK_STEPS = 3
+ATTACK_STEPS = 2
+# As a reward the scorer is softened, so that half-right pictures keep a gradient: sigmoid(8 cosine - 2).
+SOFT_SCALE, SOFT_BIAS = 8.0, -2.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``steps`` at a peak ``learning_rate`` on images with pixel noise of up to ``noise`` (standard deviation).
+
+    attack_radius: L2 norm, over an image's pixels in [0, 1], of the attack that the scorer learns to withstand,
+    reached after two thirds of the steps; 0 for none. Recolouring one object takes about 10.
+    """
+
+    steps: int
+    learning_rate: float
+    noise: float
+    attack_radius: float
+
+
+LEARN = Phase(3000, 1e-3, 0.08, 0.0)
+HARDEN = Phase(1500, 5e-4, 0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -47,8 +65,14 @@ class JudgedPool:
     def split(self, count: int) -> tuple[JudgedPool, JudgedPool]:
         """The first ``count`` images after a fixed shuffle, and the rest."""
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
-        picks = (order[:count], order[count:])
-        return tuple(JudgedPool(self.images[i], self.labels[i], self.own[i]) for i in picks)  # type: ignore[return-value]
+        return self[order[:count]], self[order[count:]]
+
+    def __getitem__(self, chosen: Tensor) -> JudgedPool:
+        return JudgedPool(self.images[chosen], self.labels[chosen], self.own[chosen])
+
+    def own_labels(self) -> Tensor:
+        """Whether each image satisfies the prompt it was generated for, ``(N,)`` bool."""
+        return self.labels.gather(1, self.own[:, None])[:, 0]
 
 
 def corrupt(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -144,44 +168,61 @@ def preference_loss(logits: Tensor, labels: Tensor, own: Tensor) -> Tensor:
 
 
 def attack(
-    images: Tensor, truth: Tensor, logits_of: Callable[[Tensor], Tensor], generator: torch.Generator
+    images: Tensor, truth: Tensor, logits_of: Callable[[Tensor], Tensor], radius: float, generator: torch.Generator
 ) -> Tensor:
-    """``images (B, 3, H, W)`` moved by at most ``ATTACK_RADIUS`` (L2 norm) to where the reward errs most.
+    """``images (B, 3, H, W)`` moved by at most ``radius`` (L2 norm) to where the scorer errs most.
 
-    A picture changed so little still gets the same verdict (``truth (B,)``). A reward that withstands it has to look
+    A picture changed so little still gets the same verdict (``truth (B,)``). A scorer that withstands it has to look
     at objects, and its gradient moves objects rather than texture.
     """
     start = torch.randn(images.shape, generator=generator)
-    shift = start * (ATTACK_RADIUS / 2 / start.flatten(1).norm(dim=1))[:, None, None, None]
+    shift = start * (radius / 2 / start.flatten(1).norm(dim=1))[:, None, None, None]
     for _ in range(ATTACK_STEPS):
         shift = shift.detach().requires_grad_()
         logits = logits_of((images + shift).clamp(0, 1))
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, shift)
         norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
-        shift = shift.detach() + ATTACK_RADIUS / 2 * gradient / norm
+        shift = shift.detach() + radius / 2 * gradient / norm
         length = shift.flatten(1).norm(dim=1)[:, None, None, None]
-        shift = shift * (ATTACK_RADIUS / length).clamp(max=1)
+        shift = shift * (radius / length).clamp(max=1)
     return (images + shift).clamp(0, 1)
 
 
-def train_scorer(
-    module: torch.nn.Module, parts: Comparator, pool: JudgedPool, seed: int, log: Callable[[str], None]
+def attack_own(
+    parts: Comparator, pool: JudgedPool, images: Tensor, prompts: Tensor, radius: float, generator: torch.Generator
+) -> Tensor:
+    """`attack` on the score of each of ``images`` for its own prompt in ``pool``; ``prompts`` are encoded."""
+    truth = pool.own_labels().float()
+    return attack(images, truth, lambda x: parts.compare(parts.encode_images(x), prompts[pool.own]), radius, generator)
+
+
+def train_phase(
+    module: torch.nn.Module,
+    parts: Comparator,
+    pool: JudgedPool,
+    phase: Phase,
+    seed: int,
+    log: Callable[[str], None],
 ) -> None:
-    """Trains ``module``, whose ``parts`` score images, on attacked images of ``pool``."""
+    """Trains ``module``, whose ``parts`` score images, on ``pool``."""
     kept, tested = pool.split(len(pool.images) - 1000)
     texts = [prompt.text for prompt in all_prompts()]
     module.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=TRAIN_STEPS)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=phase.learning_rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, phase.learning_rate, total_steps=phase.steps)
     generator = torch.Generator().manual_seed(seed)
-    for step in range(1, TRAIN_STEPS + 1):
-        chosen = torch.randint(len(kept.images), (BATCH,), generator=generator)
-        images, labels, own = kept.images[chosen].float() / 255, kept.labels[chosen], kept.own[chosen]
+    for step in range(1, phase.steps + 1):
+        batch = kept[torch.randint(len(kept.images), (BATCH,), generator=generator)]
+        images = batch.images.float() / 255
+        noise = torch.randn(images.shape, generator=generator)
+        images = images + phase.noise * torch.rand(BATCH, 1, 1, 1, generator=generator) * noise
         prompts = parts.encode_prompts(texts)
-        images = _attacked(parts, images, labels, own, prompts.detach(), generator)
-        logits = parts.compare(parts.encode_images(images)[:, None], prompts[None])
-        loss = preference_loss(logits, labels, own)
+        if phase.attack_radius:
+            radius = phase.attack_radius * min(1.0, 1.5 * step / phase.steps)
+            images = attack_own(parts, batch, images, prompts.detach(), radius, generator)
+        logits = parts.compare(parts.encode_images(images.clamp(0, 1))[:, None], prompts[None])
+        loss = preference_loss(logits, batch.labels, batch.own)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -192,27 +233,19 @@ def train_scorer(
     module.eval().requires_grad_(False)
 
 
-def _attacked(
-    parts: Comparator, images: Tensor, labels: Tensor, own: Tensor, prompts: Tensor, generator: torch.Generator
-) -> Tensor:
-    """`attack` on each image's score for its own prompt."""
-    truth = labels.gather(1, own[:, None])[:, 0].float()
-    return attack(images, truth, lambda x: parts.compare(parts.encode_images(x), prompts[own]), generator)
-
-
 def describe(parts: Comparator, pool: JudgedPool, generator: torch.Generator) -> str:
-    """AUC on unseen images: over all prompts, for the prompt of each image, and the same under attack."""
+    """AUC on unseen images: over all prompts, for the prompt of each image, and that under attack."""
     with torch.no_grad():
         prompts = parts.encode_prompts([prompt.text for prompt in all_prompts()])
     images = pool.images.float() / 255
-    attacked = _attacked(parts, images, pool.labels, pool.own, prompts, generator)
+    attacked = attack_own(parts, pool, images, prompts, HARDEN.attack_radius, generator)
     with torch.no_grad():
         logits = torch.cat([parts.compare(parts.encode_images(x)[:, None], prompts[None]) for x in images.split(256)])
         under_attack = parts.compare(parts.encode_images(attacked), prompts[pool.own])
-    own = pool.labels.gather(1, pool.own[:, None])[:, 0]
+    own = logits.gather(1, pool.own[:, None])[:, 0]
     return (
-        f"AUC all prompts {auc(logits, pool.labels):.4f} own {auc(logits.gather(1, pool.own[:, None])[:, 0], own):.4f} "
-        f"attacked {auc(under_attack, own):.4f}"
+        f"AUC all prompts {auc(logits, pool.labels):.4f} own {auc(own, pool.own_labels()):.4f} "
+        f"attacked {auc(under_attack, pool.own_labels()):.4f}"
     )
 
 
@@ -228,14 +261,17 @@ def train_reward(pool: JudgedPool, folder: Path, seed: int, log: Callable[[str],
     """The reward that runs optimise, in CLIP layout."""
     torch.manual_seed(seed)
     scorer = build_scorer()
-    # Calibrates the logits in training; as a reward, the cosine is enough.
     bias = torch.nn.Parameter(torch.tensor(-4.0))
     scorer.register_parameter("bias", bias)
 
     def compare(image: Tensor, prompt: Tensor) -> Tensor:
         return (image * prompt).sum(dim=-1) * scorer.model.logit_scale.exp() + bias
 
-    train_scorer(scorer, Comparator(scorer.embed_images, scorer.embed_prompts, compare), pool, seed, log)
+    parts = Comparator(scorer.embed_images, scorer.embed_prompts, compare)
+    for phase in (LEARN, HARDEN):
+        train_phase(scorer, parts, pool, phase, seed, log)
+    scorer.model.logit_scale.fill_(math.log(SOFT_SCALE))
+    scorer.model.config.logit_bias = SOFT_BIAS
     save_scorer(scorer, folder)
 
 
@@ -243,5 +279,5 @@ def train_critic(pool: JudgedPool, folder: Path, seed: int, log: Callable[[str],
     """The reward that only evaluates."""
     torch.manual_seed(seed)
     critic = Critic()
-    train_scorer(critic, Comparator(critic.encode_images, critic.encode_text, critic.compare), pool, seed, log)
+    train_phase(critic, Comparator(critic.encode_images, critic.encode_text, critic.compare), pool, LEARN, seed, log)
     critic.save(folder)
