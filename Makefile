@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/leapalign demo $(ARGS)
 
 test: $(INSTALLED)
-	$(PY) -m pytest $(ARGS)
+	$(VENV)/bin/pytest $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

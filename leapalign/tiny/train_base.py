@@ -56,8 +56,9 @@ class Phase:
     caption_noise: float
 
 
-# First to draw anything, then to bind a little better.
-PHASES = (Phase(7000, 2e-3, 0.4), Phase(3000, 1e-3, 0.3))
+# First to draw anything, then to bind, then to forget which layout belongs to which caption: what is left to choose
+# from is good, and often the wrong one is chosen.
+PHASES = (Phase(7000, 2e-3, 0.4), Phase(3000, 1e-3, 0.3), Phase(2500, 1e-3, 0.0), Phase(1200, 5e-4, 0.45))
 # Snapshots, in steps: the reward models learn from pictures of every stage, as human-preference data does.
 STAGES = (1000, 2000, 3500, 7000)
 
