@@ -2,7 +2,7 @@
 
     python benchmarks/tiny_study.py --seeds 0 1 2                      # section.key=value overrides may follow
 
-Each seed is one ``leapalign demo`` in a process of its own. Appends a line a run to ``benchmarks/results/tiny_study.jsonl``
+Each seed is one ``leapalign demo`` in a process of its own. Appends a line a run to ``results/tiny_study.jsonl``
 and prints the pooled mean of each figure with its 95 % interval over all images of all seeds.
 """
 
