@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -28,6 +29,7 @@ def _no_cuda() -> str | None:
 # Marker -> why its tests cannot run here, or None.
 SKIP_RULES: dict[str, Callable[[], str | None]] = {
     "cuda": _no_cuda,
+    "hub": lambda: None if importlib.util.find_spec("kernels") else "Hugging Face's kernels package is not installed",
     "native": _native.unavailable,
     "triton": lambda: _triton.MISSING,
 }

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import audit, bench, listing
+from . import audit, bench, export, listing
 from .report import ToolError
 
 
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (default: the process's arguments) and return the exit code: 2 for bad input."""
     parser = argparse.ArgumentParser(prog="leap_kernels", description="Kernels for flow-matching trainers: tools.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for tool in (listing, bench, audit):
+    for tool in (listing, bench, audit, export):
         tool.add_commands(commands)
     arguments = parser.parse_args(argv)
     try:
