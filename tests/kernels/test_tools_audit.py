@@ -57,7 +57,7 @@ def test_kernel_meets_the_bars(lines, kernel: str) -> None:
             assert line["vector_bits"] >= 128
             assert 1 <= line["bytes_ratio"] <= 1.02
             assert line["registers"] > 0
-            assert line["roofline"]["status"] == "computed, not measured"
+            assert line["roofline"] is None or line["roofline"]["status"] == "computed, not measured"
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def row(line: dict[str, Any]) -> tuple[str, ...]:
         str(line["least_bytes_per_element"]),
         f"{line['bytes_ratio']:.4f}" if counted else "not counted",
         f"{line['occupancy']:.0%}",
-        f"{line['roofline']['microseconds']:.1f} us on {line['roofline']['gpu']}",
+        f"{line['roofline']['microseconds']:.1f} us on {line['roofline']['gpu']}" if line["roofline"] else "-",
     )
 
 

@@ -18,7 +18,7 @@ from .._catalog import OPS, KernelSpec
 from .._triton import triton
 from .gpus import NOT_MEASURED, ROOFLINE_SHAPE, TARGETS, Target, occupancy, roofline_microseconds
 from .machine_code import MachineCode, read_cdna, read_sass
-from .ptx import Traffic, count_traffic
+from .ptx import count_traffic
 
 # The walk takes the second program of the first sample: a full one, with a neighbour on either side.
 _PROGRAM = 1
@@ -38,15 +38,36 @@ def main() -> None:
 def examine(spec: KernelSpec, dtype: torch.dtype, target: Target) -> dict[str, Any]:
     """Compile `spec` for latents of `dtype` and `target`, and describe the result."""
     compiled = compile_kernel(spec, dtype, target)
-    traffic = None
+    shared = compiled.metadata.shared
     if target.backend == "cuda":
-        threads = target.warp_size * spec.num_warps
-        programs = _PROGRAMS_PER_SAMPLE * _SAMPLES
-        traffic = count_traffic(compiled.asm["ptx"], _launch_arguments(spec), threads, _PROGRAM, programs)
         code = _disassemble(compiled.asm["cubin"])
+        counted = _count(spec, dtype, target, compiled.asm["ptx"], code)
     else:
         code = read_cdna(compiled.asm["amdgcn"])
-    return _describe(spec, dtype, target, code, compiled.metadata.shared, traffic)
+        counted = _not_counted(code)
+    rate = counted["bytes_per_element"] or spec.least_bytes(dtype)
+    return {
+        "kernel": spec.name,
+        "target": target.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "registers": code.registers,
+        "spills": code.spills,
+        "shared_bytes": shared,
+        "atomics": code.atomics,
+        **counted,
+        "least_bytes_per_element": spec.least_bytes(dtype),
+        "machine_accesses": {f"{kind} {bits}": count for (kind, bits), count in sorted(code.accesses.items())},
+        "elements_per_program": spec.elements,
+        "num_warps": spec.num_warps,
+        "occupancy": occupancy(target, code.registers, shared, spec.num_warps),
+        # Where the elements are samples, there are too few of them for memory to set the time.
+        "roofline": None if "batch" in spec.arguments else _roofline(target, rate),
+    }
+
+
+def _roofline(target: Target, bytes_per_element: float) -> dict[str, Any]:
+    time = roofline_microseconds(target, bytes_per_element)
+    return {"gpu": target.gpu, "shape": ROOFLINE_SHAPE, "microseconds": time, "status": NOT_MEASURED}
 
 
 def compile_kernel(spec: KernelSpec, dtype: torch.dtype, target: Target) -> Any:
@@ -61,13 +82,32 @@ def compile_kernel(spec: KernelSpec, dtype: torch.dtype, target: Target) -> Any:
     return triton.compile(source, target=gpu, options={"num_warps": spec.num_warps})
 
 
-def _launch_arguments(spec: KernelSpec) -> list[int | None]:
-    """Return values for a launch: sizes that fill every program, and elsewhere the number of programs a sample has."""
+def _count(spec: KernelSpec, dtype: torch.dtype, target: Target, ptx: str, code: MachineCode) -> dict[str, Any]:
+    """Walk through one full program, and check that the machine code has kept the PTX's accesses whole."""
     size = spec.elements * _PROGRAMS_PER_SAMPLE
-    return [
+    # Sizes that fill every program; what else is an integer counts the programs of a sample.
+    arguments = [
         None if kind.startswith("*") else size if name in spec.aligned() else _PROGRAMS_PER_SAMPLE
         for name, kind in spec.arguments.items()
     ]
+    threads = target.warp_size * spec.num_warps
+    traffic = count_traffic(ptx, arguments, threads, _PROGRAM, _PROGRAMS_PER_SAMPLE * _SAMPLES)
+    # A program that does not ask which one it is runs alone and takes all elements.
+    moved = traffic.bytes_moved / (spec.elements if "%ctaid" in ptx else size)
+    widths = {("store" if a.stores else "load", a.bits) for a in traffic.accesses if not a.opcode.startswith("red")}
+    return {
+        "vector_bits": traffic.vector_bits,
+        "widths_agree": widths == set(code.accesses),
+        "bytes_per_element": moved,
+        "bytes_ratio": moved / spec.least_bytes(dtype),
+    }
+
+
+def _not_counted(code: MachineCode) -> dict[str, Any]:
+    """Return the width of most loads: those of tensors, as what all lanes share comes through scalar loads."""
+    loads = {bits: count for (kind, bits), count in code.accesses.items() if kind == "load"}
+    width = max(loads, key=lambda bits: loads[bits], default=None)
+    return {"vector_bits": width, "widths_agree": None, "bytes_per_element": None, "bytes_ratio": None}
 
 
 def _disassemble(cubin: bytes) -> MachineCode:
@@ -82,48 +122,6 @@ def _disassemble(cubin: bytes) -> MachineCode:
             return done.stdout
 
         return read_sass(output("nvdisasm", "-c"), output("cuobjdump", "-res-usage"))
-
-
-def _describe(
-    spec: KernelSpec, dtype: torch.dtype, target: Target, code: MachineCode, shared: int, traffic: Traffic | None
-) -> dict[str, Any]:
-    least = spec.least_bytes(dtype)
-    moved = None if traffic is None else traffic.bytes_moved / spec.elements
-    return {
-        "kernel": spec.name,
-        "target": target.name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "registers": code.registers,
-        "spills": code.spills,
-        "shared_bytes": shared,
-        "atomics": code.atomics,
-        "vector_bits": traffic.vector_bits if traffic else _commonest_width(code),
-        "machine_accesses": {f"{kind} {bits}": count for (kind, bits), count in sorted(code.accesses.items())},
-        # None for AMD, whose machine code this audit does not walk through.
-        "widths_agree": None if traffic is None else _widths(traffic) == set(code.accesses),
-        "bytes_per_element": moved,
-        "least_bytes_per_element": least,
-        "bytes_ratio": None if moved is None else moved / least,
-        "elements_per_program": spec.elements,
-        "num_warps": spec.num_warps,
-        "occupancy": occupancy(target, code.registers, shared, spec.num_warps),
-        "roofline": {
-            "gpu": target.gpu,
-            "shape": ROOFLINE_SHAPE,
-            "microseconds": roofline_microseconds(target, least if moved is None else moved),
-            "status": NOT_MEASURED,
-        },
-    }
-
-
-def _widths(traffic: Traffic) -> set[tuple[str, int]]:
-    """Return the kinds and widths of accesses in the PTX: the assembler must not have cut them up."""
-    return {("store" if a.stores else "load", a.bits) for a in traffic.accesses if not a.opcode.startswith("red")}
-
-
-def _commonest_width(code: MachineCode) -> int | None:
-    """Return the width most instructions have, the narrower of two: that of the tensors, not of a scalar."""
-    return min(code.accesses, key=lambda access: (-code.accesses[access], access[1]), default=(None, None))[1]
 
 
 if __name__ == "__main__":

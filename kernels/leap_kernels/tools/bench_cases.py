@@ -26,7 +26,7 @@ SIZES = {
     "beyond-cache": (8, 65536, 64),
 }
 QUICK_SIZES = {"quick": (2, 33, 16)}
-ALPHA, MAX_RATIO, THRESHOLD, TAU, SEED = 0.3, 0.5, 0.55, 0.1, 7
+ALPHA, MAX_RATIO, THRESHOLD, TAU, DECAY, SEED = 0.3, 0.5, 0.55, 0.1, 0.995, 7
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,14 @@ def _op_round(i: Inputs) -> Outputs:
     return (leap_kernels.stochastic_round_(i["dst"], i["src"], SEED, 0),)
 
 
+def _plain_ema(i: Inputs) -> Outputs:
+    return (i["average"].lerp_(i["weights"].to(i["average"].dtype), 1 - DECAY),)
+
+
+def _op_ema(i: Inputs) -> Outputs:
+    return (leap_kernels.ema_update_(i["average"], i["weights"], DECAY),)
+
+
 def _latents(*names: str) -> dict[str, torch.dtype]:
     return dict.fromkeys(names, DTYPE)
 
@@ -242,5 +250,16 @@ CASES = (
         fused=_op_round,
         forward_bytes=6,
         exact=lambda i: (i["src"],),
+    ),
+    *(
+        Case(
+            "ema_update_",
+            variant=variant,
+            latents={"average": average, "weights": DTYPE},
+            plain=_plain_ema,
+            fused=_op_ema,
+            forward_bytes=2 * average.itemsize + DTYPE.itemsize,
+        )
+        for variant, average in (("", torch.float32), ("bfloat16", DTYPE))
     ),
 )
