@@ -75,7 +75,8 @@ def per_sample(op: str, name: str, value: PerSample, like: Tensor, dtype: torch.
     if not isinstance(value, Tensor):
         return torch.full((batch,), float(value), dtype=dtype, device=like.device)
     _check_per_sample(op, name, value, batch)
-    return value.detach().to(device=like.device, dtype=dtype).expand(batch).contiguous()
+    value = value.detach().to(device=like.device, dtype=dtype)
+    return (value if value.ndim == 1 else value.expand(batch)).contiguous()
 
 
 def sigma_difference(

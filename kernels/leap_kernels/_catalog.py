@@ -20,7 +20,7 @@ from .euler_step import euler_kernel
 from .leap_distances import BLOCK as DISTANCES_BLOCK
 from .leap_distances import distances_kernel
 from .leap_update import BLOCK as LEAP_BLOCK
-from .leap_update import leap_kernel
+from .leap_update import connector_kernel
 from .scale_gradient import BLOCK as SCALE_BLOCK
 from .scale_gradient import scale_kernel
 from .stochastic_round import BLOCK as ROUND_BLOCK
@@ -80,22 +80,6 @@ class OpSpec:
 _SIZES = ("per_sample", "count", "batch")
 _BLOCKED = {"per_sample": "i32", "blocks": "i32"}
 _ANY = (torch.float32,)
-
-
-def _leap(name: str, target: bool) -> KernelSpec:
-    return KernelSpec(
-        name,
-        leap_kernel,
-        {
-            **dict.fromkeys(("x_ptr", "velocity_ptr", "target_ptr"), "*T"),
-            **{"delta_ptr": "*fp32", "out_ptr": "*T", "partial_ptr": "*fp32"},
-            **_BLOCKED,
-        },
-        {"HAS_TARGET": target, "BLOCK": LEAP_BLOCK},
-        reads=("T", "T", "T") if target else ("T", "T"),
-        writes=("T",),
-        elements=LEAP_BLOCK,
-    )
 
 
 def _scale(name: str, twice: bool) -> KernelSpec:
@@ -159,6 +143,19 @@ _DISTANCES = KernelSpec(
     writes=(),
     elements=DISTANCES_BLOCK,
 )
+_CONNECTOR = KernelSpec(
+    "leap_update",
+    connector_kernel,
+    {
+        **dict.fromkeys(("x_ptr", "velocity_ptr", "target_ptr"), "*T"),
+        **{"delta_ptr": "*fp32", "out_ptr": "*T", "partial_ptr": "*fp32"},
+        **_BLOCKED,
+    },
+    {"BLOCK": LEAP_BLOCK},
+    reads=("T", "T", "T"),
+    writes=("T",),
+    elements=LEAP_BLOCK,
+)
 _LOSS = KernelSpec(
     "consistency_weighted_loss",
     loss_kernel,
@@ -199,7 +196,7 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         "leap_update",
         "xhat = x - (sigma_from - sigma_to) * velocity; with a target, its value and the gradient of xhat",
-        (_leap("leap_update", False), _leap("leap_update/target", True), _scale("leap_update/backward", False)),
+        (_CONNECTOR, _euler("leap_update/no_target", False), _scale("leap_update/backward", False)),
     ),
     OpSpec(
         "leap_distances",

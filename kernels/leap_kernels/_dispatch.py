@@ -23,9 +23,6 @@ from . import _native, _triton
 Backend = Literal["triton", "native", "reference"]
 SETTINGS = ("auto", "triton", "native", "reference")
 
-# A copy of this package under another name has ops of its own.
-_NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
-
 _log = logging.getLogger("leap_kernels")
 _logged: set[str] = set()
 
@@ -63,11 +60,6 @@ _override: ContextVar[Setting | None] = ContextVar("leap_kernels_backend", defau
 _ops: dict[str, Op] = {}
 
 
-def qualified(name: str) -> str:
-    """Return the name of a custom op in `torch.ops`."""
-    return f"{_NAMESPACE}::{name}"
-
-
 def register(name: str, eligible: Callable[..., str | None]) -> Op:
     """Register an op, so that `explain` lists it. `eligible(backend, *tensors)` gives a reason or None."""
     return _ops.setdefault(name, Op(name, eligible))
@@ -81,10 +73,11 @@ def unsupported(backend: str, *tensors: Tensor) -> str | None:
     """
     if backend == "reference":
         return None
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
-        return "an argument is a tensor subclass"
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return "float64 is computed by the reference"
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return "an argument is a tensor subclass"
+        if tensor.dtype == torch.float64:
+            return "float64 is computed by the reference"
     device = tensors[0].device
     if backend == "triton":
         return _triton.unavailable(device)

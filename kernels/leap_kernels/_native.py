@@ -18,7 +18,7 @@ _POINTER, _FLOAT, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 _SIZES_AND_DTYPES = [_INT64, _INT64, _INT32, _INT32]
 # As in native/leap_native.h, without the number of threads, which is the last argument of each.
 _SIGNATURES = {
-    "leap_update": [*[_POINTER] * 6, *_SIZES_AND_DTYPES],
+    "leap_connector": [*[_POINTER] * 6, *_SIZES_AND_DTYPES],
     "leap_scale": [*[_POINTER] * 5, *_SIZES_AND_DTYPES],
     "leap_distances": [*[_POINTER] * 9, *_SIZES_AND_DTYPES],
     "leap_combine": [*[_POINTER] * 3, _FLOAT, _FLOAT, *[_POINTER] * 3, *_SIZES_AND_DTYPES],

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, rows, size
-from ._dispatch import choose, qualified, register, unsupported
+from ._dispatch import choose, register, unsupported
+from ._library import define
 from ._triton import jit, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -139,24 +140,25 @@ _OP = register("combine_gradient_terms", unsupported)
 _FORWARD = {"triton": triton_forward, "native": native_forward, "reference": reference}
 
 
-@torch.library.custom_op(
-    qualified("combine_gradient_terms"),
-    mutates_args=(),
-    schema="(Tensor direct, Tensor nested, Tensor coefficient, float alpha, float? max_ratio)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def _combine(
+def _run(
     direct: Tensor, nested: Tensor, coefficient: Tensor, alpha: float, max_ratio: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _FORWARD[choose(_OP, direct, nested)](direct, nested, coefficient, alpha, max_ratio)
 
 
-@_combine.register_fake
-def _(
+def _fake(
     direct: Tensor, nested: Tensor, coefficient: Tensor, alpha: float, max_ratio: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     combined = torch.empty_like(direct, memory_format=torch.contiguous_format)
     return combined, torch.empty_like(coefficient), torch.empty_like(coefficient)
+
+
+_combine = define(
+    "combine_gradient_terms(Tensor direct, Tensor nested, Tensor coefficient, float alpha, float? max_ratio)"
+    " -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import _native
 from ._arguments import FLOATS, compute_dtype
-from ._autograd import differentiable
-from ._dispatch import choose, qualified, register, unsupported
+from ._dispatch import choose, register, unsupported
+from ._library import define
 from ._triton import jit, tl
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -98,34 +98,32 @@ _OP = register("consistency_weighted_loss", unsupported)
 _FORWARD = {"triton": triton_forward, "native": native_forward, "reference": reference_forward}
 
 
-@torch.library.custom_op(
-    qualified("consistency_weighted_loss"),
-    mutates_args=(),
-    schema="(Tensor reward, Tensor distances, float threshold, float tau) -> (Tensor, Tensor)",
-)
-def _loss_op(reward: Tensor, distances: Tensor, threshold: float, tau: float) -> tuple[Tensor, Tensor]:
+def _run(reward: Tensor, distances: Tensor, threshold: float, tau: float) -> tuple[Tensor, Tensor]:
     return _FORWARD[choose(_OP, reward, distances)](reward, distances, threshold, tau)
 
 
-@_loss_op.register_fake
-def _(reward: Tensor, distances: Tensor, threshold: float, tau: float) -> tuple[Tensor, Tensor]:
+def _fake(reward: Tensor, distances: Tensor, threshold: float, tau: float) -> tuple[Tensor, Tensor]:
     return reward.new_empty(()), torch.empty_like(reward, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     reward, _, ctx.threshold, _ = inputs
     ctx.save_for_backward(reward, output[1])
-    # The weights have no gradient; without this, zeros would be made up for one.
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     reward, weight = ctx.saved_tensors
-    grad_reward = None if grad is None else reference_backward(grad, reward, weight, ctx.threshold)
-    return grad_reward, None, None, None
+    return reference_backward(grad, reward, weight, ctx.threshold), None, None, None
 
 
-_loss = differentiable(_loss_op, _setup_context, _backward)
+_loss = define(
+    "consistency_weighted_loss(Tensor reward, Tensor distances, float threshold, float tau) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _setup_context,
+    _backward,
+)
 
 
 def consistency_weighted_loss(
@@ -154,7 +152,7 @@ def consistency_weighted_loss(
         raise ValueError(f"consistency_weighted_loss needs tau >= 0, not {tau}.")
     dtype = compute_dtype(reward, stacked)
     loss, weight = _loss(reward.to(dtype), stacked.detach().to(dtype), threshold, tau)
-    return loss, weight.detach()
+    return loss, weight
 
 
 def _stacked(reward: Tensor, distances: Tensor | Sequence[Tensor]) -> Tensor:

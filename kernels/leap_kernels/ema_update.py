@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import _native
 from ._arguments import FLOATS, check_writable, compute_dtype
-from ._dispatch import choose, qualified, register, unsupported
+from ._dispatch import choose, register, unsupported
+from ._library import qualified
 from ._triton import jit_for_any, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------

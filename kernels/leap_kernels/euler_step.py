@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, sigma_difference, size
-from ._autograd import differentiable
-from ._dispatch import choose, current, qualified, register, resumed, unsupported
+from ._dispatch import choose, current, register, resumed, unsupported
+from ._library import define
 from ._triton import jit, tl, triton
 from .scale_gradient import scaled, scaled_twice
 
@@ -110,18 +110,12 @@ _OP = register("euler_step", eligible)
 _FORWARD = {"triton": triton_forward, "native": native_forward, "reference": reference_forward}
 
 
-@torch.library.custom_op(
-    qualified("euler_step"),
-    mutates_args=(),
-    schema="(Tensor x, Tensor velocity, Tensor delta, Tensor? uncond, Tensor? scale) -> Tensor",
-)
-def _step_op(x: Tensor, velocity: Tensor, delta: Tensor, uncond: Tensor | None, scale: Tensor | None) -> Tensor:
+def _run(x: Tensor, velocity: Tensor, delta: Tensor, uncond: Tensor | None, scale: Tensor | None) -> Tensor:
     tensors = [x, velocity] if uncond is None else [x, velocity, uncond]
     return _FORWARD[choose(_OP, *tensors)](x, velocity, delta, uncond, scale)
 
 
-@_step_op.register_fake
-def _(x: Tensor, velocity: Tensor, delta: Tensor, uncond: Tensor | None, scale: Tensor | None) -> Tensor:
+def _fake(x: Tensor, velocity: Tensor, delta: Tensor, uncond: Tensor | None, scale: Tensor | None) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -152,7 +146,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, grad_velocity, None, grad_uncond, None
 
 
-_step = differentiable(_step_op, _setup_context, _backward)
+step = define(
+    "euler_step(Tensor x, Tensor velocity, Tensor delta, Tensor? uncond, Tensor? scale) -> Tensor",
+    _run,
+    _fake,
+    _setup_context,
+    _backward,
+)
+"""`step(x, velocity, delta, uncond, scale)`, with the arguments of `reference_forward`."""
 
 
 def euler_step(
@@ -194,5 +195,5 @@ def euler_step(
     scale = None
     if guidance_scale is not None:
         scale = per_sample("euler_step", "guidance_scale", guidance_scale, x, dtype)
-    result: Tensor = _step(x, velocity, delta, uncond_velocity, scale)
+    result: Tensor = step(x, velocity, delta, uncond_velocity, scale)
     return result

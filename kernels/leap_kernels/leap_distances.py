@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, rows, sigma_difference, size
-from ._dispatch import choose, qualified, register, unsupported
+from ._dispatch import choose, register, unsupported
+from ._library import define
 from ._triton import jit, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -108,24 +109,25 @@ _OP = register("leap_distances", eligible)
 _FORWARD = {"triton": triton_forward, "native": native_forward, "reference": reference}
 
 
-@torch.library.custom_op(
-    qualified("leap_distances"),
-    mutates_args=(),
-    schema="(Tensor x_k, Tensor v_k, Tensor x_j, Tensor v_j, Tensor x_end, Tensor delta, Tensor sigma_j)"
-    " -> (Tensor, Tensor)",
-)
-def _distances(
+def _run(
     x_k: Tensor, v_k: Tensor, x_j: Tensor, v_j: Tensor, x_end: Tensor, delta: Tensor, sigma_j: Tensor
 ) -> tuple[Tensor, Tensor]:
     tensors = (x_k, v_k, x_j, v_j, x_end)
     return _FORWARD[choose(_OP, *tensors)](*tensors, delta, sigma_j)
 
 
-@_distances.register_fake
-def _(
+def _fake(
     x_k: Tensor, v_k: Tensor, x_j: Tensor, v_j: Tensor, x_end: Tensor, delta: Tensor, sigma_j: Tensor
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(delta), torch.empty_like(delta)
+
+
+_distances = define(
+    "leap_distances(Tensor x_k, Tensor v_k, Tensor x_j, Tensor v_j, Tensor x_end, Tensor delta, Tensor sigma_j)"
+    " -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
 
 
 @torch.no_grad()

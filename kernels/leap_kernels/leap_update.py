@@ -17,21 +17,20 @@ from torch import Tensor
 
 from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, rows, sigma_difference, size
-from ._autograd import differentiable
-from ._dispatch import choose, current, qualified, register, resumed, unsupported
+from ._dispatch import choose, current, register, resumed, unsupported
+from ._library import define
 from ._triton import jit, tl, triton
+from .euler_step import step
 from .scale_gradient import scaled
+
+# Without a target a leap is a long Euler step, and runs as one; here is the connector.
 
 # ---- reference ---------------------------------------------------------------------------------------------
 
 
-def reference_forward(
-    x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Compute the leap in plain PyTorch, in the dtype of `delta = sigma_from - sigma_to` (B,)."""
-    xhat = x.to(delta.dtype) - expand(delta, x) * velocity.to(delta.dtype)
-    if target is None:
-        return xhat.to(x.dtype).contiguous(), None
+def reference_forward(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy and compare the target in plain PyTorch, in the dtype of `delta = sigma_to - sigma_from` (B,)."""
+    xhat = x.to(delta.dtype) + expand(delta, x) * velocity.to(delta.dtype)
     distance = rows((target.to(delta.dtype) - xhat).abs()).mean(dim=1)
     return target.clone(memory_format=torch.contiguous_format), distance
 
@@ -42,17 +41,8 @@ BLOCK = 1024
 
 
 @jit
-def leap_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    velocity_ptr,
-    target_ptr,
-    delta_ptr,
-    out_ptr,
-    partial_ptr,
-    per_sample,
-    blocks,
-    HAS_TARGET: tl.constexpr,
-    BLOCK: tl.constexpr,
+def connector_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, velocity_ptr, target_ptr, delta_ptr, out_ptr, partial_ptr, per_sample, blocks, BLOCK: tl.constexpr
 ):
     # One program per block of one sample.
     program = tl.program_id(0)
@@ -61,46 +51,35 @@ def leap_kernel(  # type: ignore[no-untyped-def]
     within = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = within < per_sample
     at = sample * per_sample + within
-    delta = tl.load(delta_ptr + sample)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     velocity = tl.load(velocity_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    xhat = x - delta * velocity
-    if HAS_TARGET:
-        target = tl.load(target_ptr + at, mask=inside, other=0.0)
-        tl.store(out_ptr + at, target, mask=inside)
-        # Masked lanes hold 0 - 0 and add nothing. Each block owns its sum: no atomics, one order.
-        tl.store(partial_ptr + program, tl.sum(tl.abs(target.to(tl.float32) - xhat)))
-    else:
-        tl.store(out_ptr + at, xhat.to(out_ptr.dtype.element_ty), mask=inside)
+    target = tl.load(target_ptr + at, mask=inside, other=0.0)
+    tl.store(out_ptr + at, target, mask=inside)
+    xhat = x + tl.load(delta_ptr + sample) * velocity
+    # Masked lanes hold 0 - 0 and add nothing. Each block owns its sum: no atomics, one order.
+    tl.store(partial_ptr + program, tl.sum(tl.abs(target.to(tl.float32) - xhat)))
 
 
-def triton_forward(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Compute the leap with Triton; arguments as for `reference_forward`."""
-    x, velocity = x.contiguous(), velocity.contiguous()
+def triton_forward(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy and compare the target with Triton; arguments as for `reference_forward`."""
+    x, velocity, target = x.contiguous(), velocity.contiguous(), target.contiguous()
     batch, per_sample = size(x)
     blocks = triton.cdiv(per_sample, BLOCK)
     out = torch.empty_like(x)
-    # Without a target nothing reads or writes the last two pointers.
-    read = x if target is None else target.contiguous()
-    partial = delta if target is None else torch.empty(batch, blocks, dtype=torch.float32, device=x.device)
+    partial = torch.empty(batch, blocks, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        leap_kernel[(batch * blocks,)](
-            x, velocity, read, delta, out, partial, per_sample, blocks, target is not None, BLOCK
-        )
-    return out, None if target is None else partial.sum(dim=1) / per_sample
+        connector_kernel[(batch * blocks,)](x, velocity, target, delta, out, partial, per_sample, blocks, BLOCK)
+    return out, partial.sum(dim=1) / per_sample
 
 
 # ---- native CPU code ---------------------------------------------------------------------------------------
 
 
-def native_forward(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Compute the leap with native/leap_update.cpp; arguments as for `reference_forward`."""
-    x, velocity = x.contiguous(), velocity.contiguous()
-    out = torch.empty_like(x)
-    distance = None
-    if target is not None:
-        target, distance = target.contiguous(), torch.empty(x.shape[0], dtype=torch.float32)
-    _native.call("leap_update", x, velocity, target, delta, out, distance, *size(x), x.dtype, velocity.dtype)
+def native_forward(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy and compare the target with native/leap_update.cpp; arguments as for `reference_forward`."""
+    x, velocity, target = x.contiguous(), velocity.contiguous(), target.contiguous()
+    out, distance = torch.empty_like(x), torch.empty_like(delta)
+    _native.call("leap_connector", x, velocity, target, delta, out, distance, *size(x), x.dtype, velocity.dtype)
     return out, distance
 
 
@@ -110,55 +89,36 @@ _OP = register("leap_update", unsupported)
 _FORWARD = {"triton": triton_forward, "native": native_forward, "reference": reference_forward}
 
 
-@torch.library.custom_op(
-    qualified("leap_update"), mutates_args=(), schema="(Tensor x, Tensor velocity, Tensor delta) -> Tensor"
-)
-def _leap_op(x: Tensor, velocity: Tensor, delta: Tensor) -> Tensor:
-    return _FORWARD[choose(_OP, x, velocity, delta)](x, velocity, delta, None)[0]
+def _run(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return _FORWARD[choose(_OP, x, velocity, target)](x, velocity, delta, target)
 
 
-@_leap_op.register_fake
-def _(x: Tensor, velocity: Tensor, delta: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op(
-    qualified("leap_connector"),
-    mutates_args=(),
-    schema="(Tensor x, Tensor velocity, Tensor delta, Tensor target) -> (Tensor, Tensor)",
-)
-def _connect_op(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    latents, distance = _FORWARD[choose(_OP, x, velocity, delta, target)](x, velocity, delta, target)
-    assert distance is not None
-    return latents, distance
-
-
-@_connect_op.register_fake
-def _(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(delta)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
-    _, velocity, delta, *_ = inputs
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, velocity, delta, _ = inputs
     ctx.save_for_backward(delta)
     ctx.velocity_dtype, ctx.setting = velocity.dtype, current()
-    # The distance has no gradient; without this, zeros would be made up for one.
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _leap_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     (delta,) = ctx.saved_tensors
-    if grad is None or not ctx.needs_input_grad[1]:
-        return grad, None, None
-    return grad, resumed(ctx.setting, scaled, grad, -delta, ctx.velocity_dtype), None
+    grad_velocity = None
+    if ctx.needs_input_grad[1]:
+        grad_velocity = resumed(ctx.setting, scaled, grad, delta, ctx.velocity_dtype)
+    return grad, grad_velocity, None, None
 
 
-def _connect_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_leap_backward(ctx, grad), None
-
-
-_leap = differentiable(_leap_op, _setup_context, _leap_backward)
-_connect = differentiable(_connect_op, _setup_context, _connect_backward)
+_connect = define(
+    "leap_update(Tensor x, Tensor velocity, Tensor delta, Tensor target) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _setup_context,
+    _backward,
+)
 
 
 def leap_update(
@@ -192,8 +152,8 @@ def leap_update(
     check_latents("leap_update", x=x, velocity=velocity, target=target)
     check_latents("leap_update", same_dtype=True, x=x, target=target)
     dtype = compute_dtype(x, velocity)
-    delta = sigma_difference("leap_update", ("sigma_from", "sigma_to"), sigma_from, sigma_to, x, dtype)
+    delta = sigma_difference("leap_update", ("sigma_to", "sigma_from"), sigma_to, sigma_from, x, dtype)
     if target is None:
-        return _leap(x, velocity, delta), None
+        return step(x, velocity, delta, None, None), None
     latents, distance = _connect(x, velocity, delta, target.detach())
-    return latents, distance.detach()
+    return latents, distance

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, size
-from ._autograd import differentiable
-from ._dispatch import choose, current, qualified, register, resumed, unsupported
+from ._dispatch import choose, current, register, resumed, unsupported
+from ._library import define
 from ._triton import jit, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -93,32 +93,21 @@ _OP = register("scale_gradient", unsupported)
 _SCALED = {"triton": triton_scaled, "native": native_scaled, "reference": reference}
 
 
-@torch.library.custom_op(
-    qualified("scaled"), mutates_args=(), schema="(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor"
-)
-def _scaled_op(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _run(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return _SCALED[choose(_OP, grad, factor)](grad, [factor], dtype)[0]
 
 
-@torch.library.custom_op(
-    qualified("scaled_twice"),
-    mutates_args=(),
-    schema="(Tensor grad, Tensor factor, Tensor second_factor, ScalarType dtype) -> (Tensor, Tensor)",
-)
-def _scaled_twice_op(grad: Tensor, factor: Tensor, second_factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _run_twice(grad: Tensor, factor: Tensor, second_factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     product, second = _SCALED[choose(_OP, grad, factor, second_factor)](grad, [factor, second_factor], dtype)
     return product, second
 
 
-@_scaled_op.register_fake
-def _(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _fake(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-@_scaled_twice_op.register_fake
-def _(grad: Tensor, factor: Tensor, second_factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    product = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    return product, torch.empty_like(product)
+def _fake_twice(grad: Tensor, factor: Tensor, second_factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _fake(grad, factor, dtype), _fake(grad, second_factor, dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -135,20 +124,19 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return sum(products[1:], products[0]), *(None for _ in products), None
 
 
-_scaled = differentiable(_scaled_op, _setup_context, _backward)
-_scaled_twice = differentiable(_scaled_twice_op, _setup_context, _backward)
+scaled = define(
+    "scaled(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor", _run, _fake, _setup_context, _backward
+)
+"""`scaled(grad, factor, dtype)`: `factor * grad` in `dtype`; `factor` (B,) has the dtype of the arithmetic."""
 
-
-def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `factor * grad` in `dtype`; `factor` (B,) is float32, or float64 where the arithmetic is."""
-    product: Tensor = _scaled(grad, factor, dtype)
-    return product
-
-
-def scaled_twice(grad: Tensor, factor: Tensor, second_factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return both products, as `scaled`, from one pass over `grad`."""
-    product, second = _scaled_twice(grad, factor, second_factor, dtype)
-    return product, second
+scaled_twice = define(
+    "scaled_twice(Tensor grad, Tensor factor, Tensor second_factor, ScalarType dtype) -> (Tensor, Tensor)",
+    _run_twice,
+    _fake_twice,
+    _setup_context,
+    _backward,
+)
+"""`scaled_twice(grad, factor, second_factor, dtype)`: both products from one pass over `grad`."""
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from . import _native
 from ._arguments import check_writable
-from ._dispatch import choose, qualified, register, unsupported
+from ._dispatch import choose, register, unsupported
+from ._library import qualified
 from ._triton import jit_for_any, tl, triton
 
 _PER_COUNTER = 8

@@ -10,7 +10,7 @@ struct Size {
   int32_t threads;
 };
 
-struct LeapUpdate {
+struct Connector {
   const void *x, *velocity, *target;
   const float* delta;
   void* out;
@@ -73,7 +73,7 @@ struct EmaUpdate {
 
 #define LEAP_DECLARE_KERNELS(isa)        \
   namespace isa {                        \
-  int32_t run(const LeapUpdate& call);   \
+  int32_t run(const Connector& call);    \
   int32_t run(const Scale& call);        \
   int32_t run(const LeapDistances& call); \
   int32_t run(const Combine& call);      \

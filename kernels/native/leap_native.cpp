@@ -7,7 +7,27 @@
 
 #include "calls.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace {
+
+// Asks for huge pages where `bytes` from `output` on hold a few of them. Only advice: a failure changes nothing.
+void advise_huge_pages(void* output, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t HUGE_PAGE = uintptr_t{2} << 20;
+  if (bytes < int64_t{2} * static_cast<int64_t>(HUGE_PAGE)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(output) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(output) + static_cast<uintptr_t>(bytes)) / HUGE_PAGE * HUGE_PAGE;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)output;
+  (void)bytes;
+#endif
+}
+
+int64_t bytes_of(int64_t elements, int32_t dtype) { return elements * (dtype == LEAP_FLOAT32 ? 4 : 2); }
 
 enum class Isa { baseline, avx2, avx512 };
 
@@ -60,15 +80,18 @@ int32_t leap_has_openmp() {
 #endif
 }
 
-int32_t leap_update(const void* x, const void* velocity, const void* target, const float* delta, void* out,
-                    float* distance, int64_t batch, int64_t per_sample, int32_t dtype, int32_t velocity_dtype,
-                    int32_t threads) {
+int32_t leap_connector(const void* x, const void* velocity, const void* target, const float* delta, void* out,
+                       float* distance, int64_t batch, int64_t per_sample, int32_t dtype, int32_t velocity_dtype,
+                       int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * per_sample, dtype));
   return dispatch(
-      LeapUpdate{x, velocity, target, delta, out, distance, {batch, per_sample, threads}, dtype, velocity_dtype});
+      Connector{x, velocity, target, delta, out, distance, {batch, per_sample, threads}, dtype, velocity_dtype});
 }
 
 int32_t leap_scale(const void* grad, const float* factor, void* out, const float* second_factor, void* second_out,
                    int64_t batch, int64_t per_sample, int32_t dtype, int32_t out_dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * per_sample, out_dtype));
+  if (second_out != nullptr) advise_huge_pages(second_out, bytes_of(batch * per_sample, out_dtype));
   return dispatch(
       Scale{grad, factor, out, second_factor, second_out, {batch, per_sample, threads}, dtype, out_dtype});
 }
@@ -83,6 +106,7 @@ int32_t leap_distances(const void* x_k, const void* v_k, const void* x_j, const 
 int32_t leap_combine(const void* direct, const void* nested, const float* coefficient, float alpha, float max_ratio,
                      void* out, float* direct_norm, float* nested_norm, int64_t batch, int64_t per_sample,
                      int32_t dtype, int32_t nested_dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * per_sample, dtype));
   return dispatch(Combine{direct, nested, coefficient, alpha, max_ratio, out, direct_norm, nested_norm,
                           {batch, per_sample, threads}, dtype, nested_dtype});
 }
@@ -90,6 +114,7 @@ int32_t leap_combine(const void* direct, const void* nested, const float* coeffi
 int32_t leap_euler_step(const void* x, const void* velocity, const void* uncond, const float* delta,
                         const float* scale, void* out, int64_t batch, int64_t per_sample, int32_t dtype,
                         int32_t velocity_dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * per_sample, dtype));
   return dispatch(EulerStep{x, velocity, uncond, delta, scale, out, {batch, per_sample, threads}, dtype,
                             velocity_dtype});
 }

@@ -3,7 +3,8 @@
 // Tensors are contiguous, laid out (batch, per_sample); scalars per sample are arrays of `batch` floats. Tensors are
 // float, bfloat16 or half as the dtype beside them says; arithmetic is in float. Any address is taken. Outputs must
 // not overlap inputs, except where stated. The result has the same bits on any number of threads and on any
-// instruction set.
+// instruction set. On Linux, large outputs are advised to use huge pages: where their memory is new, most of the time
+// would go into handing it over 4096 bytes at a time.
 // Functions return 0 on success and a negative number otherwise: -1 unknown dtype, -2 out of memory.
 #pragma once
 
@@ -24,11 +25,11 @@ LEAP_API const char* leap_isa();
 // 1 if built with OpenMP, else 0 (then `threads` is ignored).
 LEAP_API int32_t leap_has_openmp();
 
-// xhat = x - delta * velocity. With target == nullptr, out = xhat. Otherwise out = target, bit for bit, and
-// distance[b] = mean |target - xhat| over the sample. x, target and out are of `dtype`.
-LEAP_API int32_t leap_update(const void* x, const void* velocity, const void* target, const float* delta, void* out,
-                             float* distance, int64_t batch, int64_t per_sample, int32_t dtype,
-                             int32_t velocity_dtype, int32_t threads);
+// out = target, bit for bit, and distance[b] = mean |target - (x + delta * velocity)| over the sample. x, target and
+// out are of `dtype`.
+LEAP_API int32_t leap_connector(const void* x, const void* velocity, const void* target, const float* delta, void* out,
+                                float* distance, int64_t batch, int64_t per_sample, int32_t dtype,
+                                int32_t velocity_dtype, int32_t threads);
 
 // out = factor * grad, and, if second_out is not null, second_out = second_factor * grad. Both outputs are of
 // `out_dtype`.

@@ -1,28 +1,17 @@
-// leap_update and leap_distances: leaps, and how far from the rollout they land.
+// The connector of leap_update, and leap_distances: how far from the rollout leaps land.
 
 #include "blocks.h"
 
 namespace LEAP_ISA {
 namespace {
 
-// What the leap leaves to do: `to` minus where `velocity` leads from `x`.
-inline Step miss(const Step& to, const Step& x, const Step& velocity, float delta) { return to - (x - velocity * delta); }
-
-template <class X, class V>
-void leap(const LeapUpdate& call) {
-  Blocks(call.size).for_each([&](const Block& block) {
-    const auto* x = at<X>(call.x, block);
-    const auto* velocity = at<V>(call.velocity, block);
-    auto* out = at<X>(call.out, block);
-    const float delta = call.delta[block.sample];
-    sweep(block.count, streamed<X>(out, call.size), [=](int64_t i, auto extent) {
-      store<X>(out + i, load<X>(x + i, extent) - load<V>(velocity + i, extent) * delta, extent);
-    });
-  });
+// How far `to` is from where `velocity` leads.
+inline Step miss(const Step& to, const Step& x, const Step& velocity, float delta) {
+  return to - (x + velocity * delta);
 }
 
 template <class X, class V>
-int32_t connect(const LeapUpdate& call) {
+int32_t connect(const Connector& call) {
   const Blocks blocks(call.size);
   const Sums sums(blocks.count());
   if (sums.get() == nullptr) return -2;
@@ -58,7 +47,7 @@ int32_t distances(const LeapDistances& call) {
     const auto* x_j = at<X>(call.x_j, block);
     const auto* v_j = at<V>(call.v_j, block);
     const auto* x_end = at<X>(call.x_end, block);
-    const float delta = call.delta[block.sample], sigma_j = call.sigma_j[block.sample];
+    const float delta = -call.delta[block.sample], sigma_j = -call.sigma_j[block.sample];
     Step first{}, second{};
     sweep(block.count, false, [=, &first, &second](int64_t i, auto extent) {
       const Step middle = load<X>(x_j + i, extent);
@@ -78,11 +67,9 @@ int32_t distances(const LeapDistances& call) {
 
 }  // namespace
 
-int32_t run(const LeapUpdate& call) {
-  return with_dtypes(call.dtype, call.velocity_dtype, [&](auto x, auto velocity) -> int32_t {
-    if (call.target != nullptr) return connect<decltype(x), decltype(velocity)>(call);
-    leap<decltype(x), decltype(velocity)>(call);
-    return 0;
+int32_t run(const Connector& call) {
+  return with_dtypes(call.dtype, call.velocity_dtype, [&](auto x, auto velocity) {
+    return connect<decltype(x), decltype(velocity)>(call);
   });
 }
 
