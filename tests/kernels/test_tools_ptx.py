@@ -147,6 +147,8 @@ def test_cache_hints_and_asynchronous_copies_and_atomics() -> None:
         ("ld.global.b64 %rd6, [%rd3]; ld.global.b32 %r5, [%rd6];", "address"),
         ("ld.global.b32 %r5, [%rd3]; setp.gt.s32 %p1, %r5, 0; @%p1 bra $L__end; $L__end: ret;", "depends on data"),
         ("setp.lt.s32 %p1, %r1, 5; @%p1 bra $L__end; $L__end: ret;", "parts the threads"),
+        ("ld.volatile.b32 %r5, [%rd3];", "cannot count"),
+        ("call.uni (%r5), helper, (%r6);", "cannot count"),
         ("cp.async.bulk.shared.global [%r1], [%rd1], 64, [%r2];", "cannot count"),
     ],
 )
@@ -155,6 +157,20 @@ def test_what_cannot_be_known_is_refused(body: str, reason: str) -> None:
         count(body)
     with pytest.raises(Uncountable, match="no kernel"):
         parse(".version 8.7")
+
+
+def test_memory_on_the_chip_is_not_counted() -> None:
+    body = """
+	st.shared.b32 [ %r6 + 0 ], %r5;
+	bar.sync 0;
+	ld.shared.v2.b32 {%r5, %r6}, [%r7];
+	redux.sync.add.s32 %r1, %r5, -1;
+	shfl.sync.bfly.b32 %r8, %r5, 16, 31, -1;
+"""
+    assert count(body).accesses == ()
+    # What a warp sums depends on data, and what is added to it.
+    with pytest.raises(Uncountable, match="address"):
+        count(body + "mul.wide.u32 %rd6, %r1, 16; add.s64 %rd7, %rd3, %rd6; ld.global.b32 %r9, [%rd7];")
 
 
 def test_mask_that_depends_on_data_counts_every_thread() -> None:

@@ -30,7 +30,11 @@ _MOST_STEPS = 20_000
 _ADDRESS = re.compile(r"\[\s*(?P<base>[%\w$]+)\s*(?:\+\s*(?P<offset>-?\w+))?\s*\]")
 _IMMEDIATE = re.compile(r"-?(?:0x[0-9a-fA-F]+|\d+)U?")
 _GLOBAL = re.compile(r"(?:ld|st|atom|red)\b.*\.global\b|cp\.async\.c[ag]\.shared\.global")
-_REFUSED = re.compile(r"cp\.async\.bulk|cp\.reduce|call|brx")
+# Bulk copies, calls, computed branches, and accesses that name no memory: they may be to any.
+_REFUSED = re.compile(
+    r"cp\.async\.bulk|cp\.reduce|call\b|brx\b|(?:ld|st|atom|red)\b(?!.*\.(?:global|shared|param|local|const))"
+)
+_WITHOUT_RESULT = ("st", "red", "bar", "barrier", "cp", "fence", "membar")
 
 
 @dataclass
@@ -130,7 +134,7 @@ class _Walk:
         active = self._active(instruction)
         if _GLOBAL.match(opcode):
             self._touch(position, instruction, active)
-        if not opcode.startswith(("st", "red", "bar", "cp", "fence", "membar")):
+        if opcode.partition(".")[0] not in _WITHOUT_RESULT:
             self._assign(instruction, active)
         return position + 1
 
