@@ -20,7 +20,7 @@ lint: $(INSTALLED)
 	$(PY) -m mypy
 
 bench: $(INSTALLED)
-	$(PY) benchmarks/leap_update.py $(ARGS)
+	$(PY) -m leap_kernels bench $(ARGS)
 
 tiny: $(INSTALLED)
 	$(PY) -m leapalign.tiny.train $(ARGS)

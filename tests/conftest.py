@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 
 import hypothesis
@@ -25,10 +28,24 @@ def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
+def _no_sanitizers() -> str | None:
+    """Ask for what building the native core's tests takes: CMake, and a C++ compiler that links sanitizers."""
+    if shutil.which("cmake") is None or shutil.which("ctest") is None:
+        return "CMake is not installed"
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if compiler is None:
+        return "no C++ compiler"
+    command = [compiler, "-xc++", "-fsanitize=address,undefined", "-o", os.devnull, "-"]
+    linked = subprocess.run(command, input="int main() {}", capture_output=True, text=True, check=False)
+    return None if linked.returncode == 0 else f"{compiler} cannot link sanitizers"
+
+
 # Marker -> why its tests cannot run here, or None.
 SKIP_RULES: dict[str, Callable[[], str | None]] = {
     "cuda": _no_cuda,
+    "hub": lambda: None if importlib.util.find_spec("kernels") else "Hugging Face's kernels package is not installed",
     "native": _native.unavailable,
+    "sanitizers": _no_sanitizers,
     "triton": lambda: _triton.MISSING,
 }
 

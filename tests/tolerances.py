@@ -36,3 +36,16 @@ def reduction(magnitude: Tensor, count: int, dtype: torch.dtype, operations: int
     make a random walk of length `count`; every implementation here adds in shorter chains.
     """
     return (operations + count**0.5) * unit_roundoff(_arithmetic(dtype)) * magnitude
+
+
+def largest(
+    exact: Tensor, magnitude: float, count: int, dtype: torch.dtype, stored: torch.dtype
+) -> tuple[float, float]:
+    """Bound the largest error of a whole result: by the ops' arithmetic alone, and by storing it in `stored`.
+
+    `magnitude` bounds every intermediate value. Ten roundings are more than any op takes for an element; `count` is
+    how many of them a reduction adds up.
+    """
+    size = max(magnitude, exact.abs().max().item())
+    arithmetic = (10 + count**0.5) * unit_roundoff(_arithmetic(dtype)) * size
+    return arithmetic, unit_roundoff(stored) * exact.abs().max().item() + torch.finfo(stored).tiny

@@ -7,6 +7,7 @@ checks its arguments and picks a backend. Nothing here needs `leapalign`.
 from ._dispatch import BackendUnavailable, Explanation, explain, use_backend
 from .combine_gradient_terms import combine_gradient_terms
 from .consistency_weighted_loss import consistency_weighted_loss
+from .ema_update import ema_update_
 from .euler_step import euler_step
 from .leap_distances import leap_distances
 from .leap_update import leap_update
@@ -18,6 +19,7 @@ __all__ = [
     "Explanation",
     "combine_gradient_terms",
     "consistency_weighted_loss",
+    "ema_update_",
     "euler_step",
     "explain",
     "leap_distances",

@@ -45,6 +45,21 @@ def check_latents(op: str, same_dtype: bool = False, **tensors: Tensor | None) -
             )
 
 
+def check_writable(op: str, to_name: str, to: Tensor, source_name: str, source: Tensor) -> None:
+    """Check that `to` can take a result of the shape of `source` in place.
+
+    Raises:
+        ValueError: where shape or device differ, or elements of `to` share memory.
+    """
+    if to.shape != source.shape or to.device != source.device:
+        raise ValueError(
+            f"{op} needs {to_name} and {source_name} alike, but {to_name} is {tuple(to.shape)} on {to.device} and "
+            f"{source_name} {tuple(source.shape)} on {source.device}."
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(to.stride(), to.shape, strict=True)):
+        raise ValueError(f"{op} cannot write to an expanded {to_name}: its elements share memory.")
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype of the arithmetic: float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -60,7 +75,8 @@ def per_sample(op: str, name: str, value: PerSample, like: Tensor, dtype: torch.
     if not isinstance(value, Tensor):
         return torch.full((batch,), float(value), dtype=dtype, device=like.device)
     _check_per_sample(op, name, value, batch)
-    return value.detach().to(device=like.device, dtype=dtype).expand(batch).contiguous()
+    value = value.detach().to(device=like.device, dtype=dtype)
+    return (value if value.ndim == 1 else value.expand(batch)).contiguous()
 
 
 def sigma_difference(
@@ -86,6 +102,11 @@ def sigma_difference(
 def expand(value: Tensor, like: Tensor) -> Tensor:
     """View a per-sample tensor (B,) as (B, 1, ...), to broadcast against `like` (B, ...)."""
     return value.view(-1, *[1] * (like.ndim - 1))
+
+
+def size(x: Tensor) -> tuple[int, int]:
+    """Return the batch and the elements of a sample of latents (B, ...)."""
+    return x.shape[0], x.numel() // x.shape[0]
 
 
 def rows(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,12 +49,14 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
+    """A wish for a backend; `strict` forbids falling back."""
+
     name: str
     strict: bool = False
 
 
-_override: ContextVar[_Setting | None] = ContextVar("leap_kernels_backend", default=None)
+_override: ContextVar[Setting | None] = ContextVar("leap_kernels_backend", default=None)
 _ops: dict[str, Op] = {}
 
 
@@ -63,25 +65,19 @@ def register(name: str, eligible: Callable[..., str | None]) -> Op:
     return _ops.setdefault(name, Op(name, eligible))
 
 
-def only_reference(backend: str, *tensors: Tensor) -> str | None:
-    """Predicate of an op that has no kernel yet."""
-    return None if backend == "reference" else f"this op has no {backend} kernel yet"
-
-
 def unsupported(backend: str, *tensors: Tensor) -> str | None:
-    """Reasons that hold for every kernel of `backend`; the part of a predicate that ops share.
+    """Reasons that hold for every kernel of `backend`: a predicate, or the part of it that ops share.
 
-    Kernels compute in float32 on plain tensors: float64, tensor subclasses (fake tensors among them) and
-    `torch.func` transforms are the reference's.
+    Kernels compute in float32 and read memory: float64 is the reference's, and so are tensor subclasses, whose
+    memory may mean something else.
     """
     if backend == "reference":
         return None
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
-        return "an argument is a tensor subclass"
-    if not all(_has_memory(tensor) for tensor in tensors):
-        return "an argument is inside a torch.func transform"
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return "float64 is computed by the reference"
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return "an argument is a tensor subclass"
+        if tensor.dtype == torch.float64:
+            return "float64 is computed by the reference"
     device = tensors[0].device
     if backend == "triton":
         return _triton.unavailable(device)
@@ -100,9 +96,25 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
     Raises:
         ValueError: if `name` is none of the four.
     """
-    token = _override.set(_Setting(_checked(name, "backend"), strict))
+    token = _override.set(Setting(_checked(name, "backend"), strict))
     try:
         yield
+    finally:
+        _override.reset(token)
+
+
+def current() -> Setting | None:
+    """Return what `use_backend` set for this block, for `resumed`. None without it and while compiling."""
+    return None if torch.compiler.is_compiling() else _override.get()
+
+
+def resumed(setting: Setting | None, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function under a setting of earlier: a backward pass may run in a thread that never saw the block."""
+    if setting is None:
+        return function(*arguments)
+    token = _override.set(setting)
+    try:
+        return function(*arguments)
     finally:
         _override.reset(token)
 
@@ -110,14 +122,12 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
 def choose(op: Op, *tensors: Tensor) -> Backend:
     """Return the backend that runs `op` on `tensors` under the current setting.
 
-    Under `torch.compile` that is the reference, whatever the setting: the compiler can trace and fuse it.
+    Ops ask when they run, so a graph of `torch.compile` obeys the setting of the moment, too.
 
     Raises:
         BackendUnavailable: in strict mode, if the wanted backend cannot run the op.
         ValueError: if the environment variable LEAP_KERNELS names no backend.
     """
-    if torch.compiler.is_compiling():
-        return "reference"
     setting = _setting()
     wanted = _wanted(setting, tensors[0].device)
     reason = op.eligible(wanted, *tensors)
@@ -150,27 +160,18 @@ def _explanation(op: Op, wanted: Backend, probe: Tensor) -> Explanation:
     return Explanation(op.name, wanted, f"{described[wanted]()}, for tensors on {probe.device.type}")
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """Say whether the tensor owns storage; those that `vjp` or `vmap` wrap refuse to show any."""
-    try:
-        tensor.untyped_storage()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _describe_reference() -> str:
     return f"PyTorch {torch.__version__}"
 
 
-def _setting() -> _Setting:
+def _setting() -> Setting:
     override = _override.get()
     if override is not None:
         return override
-    return _Setting(_checked(os.environ.get("LEAP_KERNELS", "auto"), "value of LEAP_KERNELS"))
+    return Setting(_checked(os.environ.get("LEAP_KERNELS", "auto"), "value of LEAP_KERNELS"))
 
 
-def _wanted(setting: _Setting, device: torch.device) -> Backend:
+def _wanted(setting: Setting, device: torch.device) -> Backend:
     if setting.name == "auto":
         return {"cuda": "triton", "cpu": "native"}.get(device.type, "reference")  # type: ignore[return-value]
     return setting.name  # type: ignore[return-value]

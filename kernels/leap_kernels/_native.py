@@ -10,16 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import leap_kernels
-
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _FILE_NAME = {"darwin": "libleap_native.dylib", "win32": "leap_native.dll"}.get(sys.platform, "libleap_native.so")
-_POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_POINTER, _FLOAT, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32, ctypes.c_int64
+_SIZES_AND_DTYPES = [_INT64, _INT64, _INT32, _INT32]
+# As in native/leap_native.h, without the number of threads, which is the last argument of each.
 _SIGNATURES = {
-    "leap_update_forward": [_POINTER] * 6 + [_INT64, _INT64, _INT32, _INT32],
-    "leap_update_backward": [_POINTER] * 3 + [_INT64, _INT64, _INT32, _INT32],
+    "leap_connector": [*[_POINTER] * 6, *_SIZES_AND_DTYPES],
+    "leap_scale": [*[_POINTER] * 5, *_SIZES_AND_DTYPES],
+    "leap_distances": [*[_POINTER] * 9, *_SIZES_AND_DTYPES],
+    "leap_combine": [*[_POINTER] * 3, _FLOAT, _FLOAT, *[_POINTER] * 3, *_SIZES_AND_DTYPES],
+    "leap_euler_step": [*[_POINTER] * 6, *_SIZES_AND_DTYPES],
+    "leap_weighted_loss": [_POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER, _POINTER, _INT64, _INT64],
+    "leap_stochastic_round": [_POINTER, _POINTER, ctypes.c_uint64, _INT64, _INT64],
+    "leap_ema_update": [_POINTER, _POINTER, _FLOAT, _INT64, _INT32, _INT32],
 }
 _ERRORS = {-1: "unknown dtype", -2: "out of memory"}
 
@@ -37,7 +43,7 @@ def describe() -> str:
     return f"native library, {library.leap_isa().decode()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def call(function: str, *arguments: Tensor | int | None, dtype: torch.dtype) -> None:
+def call(function: str, *arguments: Tensor | torch.dtype | float | None) -> None:
     """Call a function of the library; tensors must be contiguous and on the CPU.
 
     The library uses as many threads as PyTorch does, so `torch.set_num_threads` holds for both.
@@ -45,8 +51,10 @@ def call(function: str, *arguments: Tensor | int | None, dtype: torch.dtype) -> 
     Raises:
         RuntimeError: if the function reports an error.
     """
-    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    status = getattr(_library(), function)(*plain, DTYPES[dtype], torch.get_num_threads())
+    plain = [
+        a.data_ptr() if isinstance(a, Tensor) else DTYPES[a] if isinstance(a, torch.dtype) else a for a in arguments
+    ]
+    status = getattr(_library(), function)(*plain, torch.get_num_threads())
     if status != 0:
         raise RuntimeError(f"{function} failed: {_ERRORS.get(status, status)}.")
 
@@ -62,7 +70,8 @@ def _library() -> ctypes.CDLL:
 def _load() -> ctypes.CDLL | str:
     """Load the library once; return the reason as a string where that fails."""
     # An editable install keeps built files beside the installed package, not beside the sources.
-    candidates = [Path(folder) / "_lib" / _FILE_NAME for folder in leap_kernels.__path__]
+    package = sys.modules[__package__]
+    candidates = [Path(folder) / "_lib" / _FILE_NAME for folder in package.__path__]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         return "the native library was not built (installing the package builds it, given a C++ compiler)"
@@ -72,7 +81,7 @@ def _load() -> ctypes.CDLL | str:
         if abi != ABI:
             return f"the native library has interface {abi} and this package needs {ABI}: reinstall"
         for name, argument_types in _SIGNATURES.items():
-            getattr(library, name).argtypes = argument_types
+            getattr(library, name).argtypes = [*argument_types, _INT32]
         library.leap_isa.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         return f"the native library cannot be loaded ({error})"

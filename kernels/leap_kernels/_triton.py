@@ -27,6 +27,11 @@ def jit(kernel: Callable[..., None]) -> Any:
     return kernel if MISSING else triton.jit(kernel)
 
 
+def jit_for_any(*names: str) -> Callable[[Callable[..., None]], Any]:
+    """Decorate as `jit`, but compile no version of its own for values of the named arguments that divide by 16."""
+    return lambda kernel: kernel if MISSING else triton.jit(kernel, do_not_specialize=names)
+
+
 def unavailable(device: torch.device) -> str | None:
     """Say why Triton cannot run on `device`, or return None if it can."""
     if MISSING:

@@ -4,6 +4,11 @@
     combined = coefficient * (direct + alpha * s * nested)     direct, nested: (B, ...); coefficient: (B,)
 
 Norms are L2 over each sample. Without max_ratio, and where the nested term is zero, s is 1.
+
+Without max_ratio, one pass reads both terms, writes the result, and gathers the norms on the way. With it nothing
+can be written before the norms are known, so the terms are read twice. The native code does this a few samples at a
+time, and finds them in the caches again; on a GPU the second pass comes from memory unless both terms fit into its
+L2 cache.
 """
 
 from __future__ import annotations
@@ -11,10 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, rows
-from ._dispatch import choose, only_reference, register
+from . import _native
+from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, rows, size
+from ._dispatch import choose, register, unsupported
+from ._library import define
+from ._triton import jit, tl, triton
 
-_OP = register("combine_gradient_terms", only_reference)
+# ---- reference ---------------------------------------------------------------------------------------------
 
 
 def reference(
@@ -24,12 +32,133 @@ def reference(
     wide_direct, wide_nested = direct.to(coefficient.dtype), nested.to(coefficient.dtype)
     direct_norm = torch.linalg.vector_norm(rows(wide_direct), dim=1)
     nested_norm = torch.linalg.vector_norm(rows(wide_nested), dim=1)
-    scale = torch.ones_like(direct_norm)
-    if max_ratio is not None:
-        ratio = max_ratio * direct_norm / nested_norm
-        scale = torch.where(nested_norm == 0, scale, ratio.clamp(max=1))
-    combined = expand(coefficient, direct) * (wide_direct + expand(alpha * scale, nested) * wide_nested)
-    return combined.to(direct.dtype), direct_norm, nested_norm
+    share = _share(direct_norm, nested_norm, alpha, max_ratio)
+    combined = expand(coefficient, direct) * (wide_direct + expand(share, nested) * wide_nested)
+    return combined.to(direct.dtype).contiguous(), direct_norm, nested_norm
+
+
+def _share(direct_norm: Tensor, nested_norm: Tensor, alpha: float, max_ratio: float | None) -> Tensor:
+    """Return `alpha * s` (B,)."""
+    if max_ratio is None:
+        return torch.full_like(direct_norm, alpha)
+    ratio = max_ratio * direct_norm / nested_norm
+    return alpha * torch.where(nested_norm == 0, 1, ratio.clamp(max=1))
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------
+
+BLOCK = 1024
+
+
+@jit
+def combine_kernel(  # type: ignore[no-untyped-def]
+    direct_ptr,
+    nested_ptr,
+    coefficient_ptr,
+    share_ptr,
+    out_ptr,
+    direct_squares_ptr,
+    nested_squares_ptr,
+    per_sample,
+    blocks,
+    NORMS: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    # 64 bits from here on: a batch may exceed 2^31 elements.
+    within = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = within < per_sample
+    at = sample * per_sample + within
+    direct = tl.load(direct_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    nested = tl.load(nested_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if NORMS:
+        # Masked lanes are 0. Each block owns its sums: no atomics, one order.
+        tl.store(direct_squares_ptr + program, tl.sum(direct * direct))
+        tl.store(nested_squares_ptr + program, tl.sum(nested * nested))
+    if OUT:
+        combined = tl.load(coefficient_ptr + sample) * (direct + tl.load(share_ptr + sample) * nested)
+        tl.store(out_ptr + at, combined.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def triton_forward(
+    direct: Tensor, nested: Tensor, coefficient: Tensor, alpha: float, max_ratio: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine with Triton; arguments as for `reference`."""
+    direct, nested = direct.contiguous(), nested.contiguous()
+    batch, per_sample = size(direct)
+    blocks = triton.cdiv(per_sample, BLOCK)
+    out = torch.empty_like(direct)
+    squares = torch.empty(2, batch, blocks, dtype=torch.float32, device=direct.device)
+
+    def launch(share: Tensor, norms: bool, write: bool) -> None:
+        combine_kernel[(batch * blocks,)](
+            direct, nested, coefficient, share, out, *squares, per_sample, blocks, norms, write, BLOCK
+        )
+
+    with torch.cuda.device_of(direct):
+        # The norms-only pass reads no share: any tensor will do.
+        once = max_ratio is None
+        launch(torch.full_like(coefficient, alpha) if once else coefficient, norms=True, write=once)
+        direct_norm, nested_norm = (of_blocks.sum(dim=1).sqrt() for of_blocks in squares)
+        if not once:
+            launch(_share(direct_norm, nested_norm, alpha, max_ratio), norms=False, write=True)
+    return out, direct_norm, nested_norm
+
+
+# ---- native CPU code ---------------------------------------------------------------------------------------
+
+
+def native_forward(
+    direct: Tensor, nested: Tensor, coefficient: Tensor, alpha: float, max_ratio: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine with native/combine.cpp; arguments as for `reference`."""
+    direct, nested = direct.contiguous(), nested.contiguous()
+    out = torch.empty_like(direct)
+    norms = torch.empty_like(coefficient), torch.empty_like(coefficient)
+    limit = -1.0 if max_ratio is None else max_ratio
+    _native.call(
+        "leap_combine",
+        direct,
+        nested,
+        coefficient,
+        alpha,
+        limit,
+        out,
+        *norms,
+        *size(direct),
+        direct.dtype,
+        nested.dtype,
+    )
+    return out, *norms
+
+
+# ---- dispatch ----------------------------------------------------------------------------------------------
+
+_OP = register("combine_gradient_terms", unsupported)
+_FORWARD = {"triton": triton_forward, "native": native_forward, "reference": reference}
+
+
+def _run(
+    direct: Tensor, nested: Tensor, coefficient: Tensor, alpha: float, max_ratio: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _FORWARD[choose(_OP, direct, nested)](direct, nested, coefficient, alpha, max_ratio)
+
+
+def _fake(
+    direct: Tensor, nested: Tensor, coefficient: Tensor, alpha: float, max_ratio: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    combined = torch.empty_like(direct, memory_format=torch.contiguous_format)
+    return combined, torch.empty_like(coefficient), torch.empty_like(coefficient)
+
+
+_combine = define(
+    "combine_gradient_terms(Tensor direct, Tensor nested, Tensor coefficient, float alpha, float? max_ratio)"
+    " -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
 
 
 @torch.no_grad()
@@ -56,8 +185,8 @@ def combine_gradient_terms(
             no limit.
 
     Returns:
-        The combined term (B, ...) in the dtype of `direct`; `||direct||` and `||nested||`, each (B,), float32
-        (float64 for float64 arithmetic).
+        The combined term (B, ...), contiguous and of the dtype of `direct`; `||direct||` and `||nested||`, each
+        (B,), float32 (float64 for float64 arithmetic).
 
     Raises:
         ValueError: on a wrong shape, dtype or device, an empty batch, or a negative `max_ratio`.
@@ -68,5 +197,5 @@ def combine_gradient_terms(
         raise ValueError(f"combine_gradient_terms needs max_ratio >= 0 or None, not {max_ratio}.")
     dtype = compute_dtype(direct, nested)
     per_row = per_sample("combine_gradient_terms", "coefficient", coefficient, direct, dtype)
-    choose(_OP, direct, nested)
-    return reference(direct, nested, per_row, alpha, max_ratio)
+    combined, direct_norm, nested_norm = _combine(direct, nested, per_row, alpha, max_ratio)
+    return combined, direct_norm, nested_norm

@@ -14,30 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _native
-from ._arguments import PerSample, check_latents, compute_dtype, expand, rows, sigma_difference
-from ._dispatch import Backend, choose, register, unsupported
+from ._arguments import PerSample, check_latents, compute_dtype, expand, rows, sigma_difference, size
+from ._dispatch import choose, current, register, resumed, unsupported
+from ._library import define
 from ._triton import jit, tl, triton
+from .euler_step import step
+from .scale_gradient import scaled
+
+# Without a target a leap is a long Euler step, and runs as one; here is the connector.
 
 # ---- reference ---------------------------------------------------------------------------------------------
 
 
-def reference_forward(
-    x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Compute the leap in plain PyTorch, in the dtype of `delta = sigma_from - sigma_to` (B,)."""
-    xhat = x.to(delta.dtype) - expand(delta, x) * velocity.to(delta.dtype)
-    if target is None:
-        return xhat.to(x.dtype).contiguous(), None
+def reference_forward(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy and compare the target in plain PyTorch, in the dtype of `delta = sigma_to - sigma_from` (B,)."""
+    xhat = x.to(delta.dtype) + expand(delta, x) * velocity.to(delta.dtype)
     distance = rows((target.to(delta.dtype) - xhat).abs()).mean(dim=1)
     return target.clone(memory_format=torch.contiguous_format), distance
-
-
-def reference_backward(grad: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the gradient at velocity, in its `dtype`; the gradient at x is `grad` itself."""
-    return (-expand(delta, grad) * grad.to(delta.dtype)).to(dtype)
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
@@ -46,142 +41,84 @@ BLOCK = 1024
 
 
 @jit
-def _forward_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    velocity_ptr,
-    target_ptr,
-    delta_ptr,
-    out_ptr,
-    partial_ptr,
-    per_sample,
-    blocks,
-    HAS_TARGET: tl.constexpr,
-    BLOCK: tl.constexpr,
+def connector_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, velocity_ptr, target_ptr, delta_ptr, out_ptr, partial_ptr, per_sample, blocks, BLOCK: tl.constexpr
 ):
-    # One program per block of one sample. 64-bit from the start: a batch may exceed 2^31 elements.
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    within = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    # One program per block of one sample.
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    # 64 bits from here on: a batch may exceed 2^31 elements.
+    within = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = within < per_sample
     at = sample * per_sample + within
-    delta = tl.load(delta_ptr + sample)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     velocity = tl.load(velocity_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    xhat = x - delta * velocity
-    if HAS_TARGET:
-        target = tl.load(target_ptr + at, mask=inside, other=0.0)
-        tl.store(out_ptr + at, target, mask=inside)
-        # Masked lanes hold 0 - 0 and add nothing. Each block owns its sum: no atomics, one order.
-        tl.store(partial_ptr + program, tl.sum(tl.abs(target.to(tl.float32) - xhat)))
-    else:
-        tl.store(out_ptr + at, xhat.to(out_ptr.dtype.element_ty), mask=inside)
+    target = tl.load(target_ptr + at, mask=inside, other=0.0)
+    tl.store(out_ptr + at, target, mask=inside)
+    xhat = x + tl.load(delta_ptr + sample) * velocity
+    # Masked lanes hold 0 - 0 and add nothing. Each block owns its sum: no atomics, one order.
+    tl.store(partial_ptr + program, tl.sum(tl.abs(target.to(tl.float32) - xhat)))
 
 
-@jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, delta_ptr, out_ptr, per_sample, blocks, BLOCK: tl.constexpr
-):
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    within = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = within < per_sample
-    at = sample * per_sample + within
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    scaled = -tl.load(delta_ptr + sample) * grad
-    tl.store(out_ptr + at, scaled.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def triton_forward(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Compute the leap with Triton; arguments as for `reference_forward`."""
-    x, velocity = x.contiguous(), velocity.contiguous()
-    batch, per_sample = x.shape[0], x.numel() // x.shape[0]
+def triton_forward(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy and compare the target with Triton; arguments as for `reference_forward`."""
+    x, velocity, target = x.contiguous(), velocity.contiguous(), target.contiguous()
+    batch, per_sample = size(x)
     blocks = triton.cdiv(per_sample, BLOCK)
     out = torch.empty_like(x)
-    # Without a target nothing reads or writes the last two pointers.
-    read = x if target is None else target.contiguous()
-    partial = delta if target is None else torch.empty(batch, blocks, dtype=torch.float32, device=x.device)
+    partial = torch.empty(batch, blocks, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _forward_kernel[(batch * blocks,)](
-            x, velocity, read, delta, out, partial, per_sample, blocks, target is not None, BLOCK
-        )
-    return out, None if target is None else partial.sum(dim=1) / per_sample
-
-
-def triton_backward(grad: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the gradient at velocity with Triton; arguments as for `reference_backward`."""
-    grad = grad.contiguous()
-    batch, per_sample = grad.shape[0], grad.numel() // grad.shape[0]
-    blocks = triton.cdiv(per_sample, BLOCK)
-    out = torch.empty_like(grad, dtype=dtype)
-    with torch.cuda.device_of(grad):
-        _backward_kernel[(batch * blocks,)](grad, delta, out, per_sample, blocks, BLOCK=BLOCK)
-    return out
+        connector_kernel[(batch * blocks,)](x, velocity, target, delta, out, partial, per_sample, blocks, BLOCK)
+    return out, partial.sum(dim=1) / per_sample
 
 
 # ---- native CPU code ---------------------------------------------------------------------------------------
 
 
-def native_forward(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Compute the leap with kernels/native/leap_update.cpp; arguments as for `reference_forward`."""
-    x, velocity = x.contiguous(), velocity.contiguous()
-    out = torch.empty_like(x)
-    batch, per_sample = x.shape[0], x.numel() // x.shape[0]
-    distance = None
-    if target is not None:
-        target, distance = target.contiguous(), torch.empty(batch, dtype=torch.float32)
-    _native.call("leap_update_forward", x, velocity, target, delta, out, distance, batch, per_sample, dtype=x.dtype)
+def native_forward(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy and compare the target with native/leap_update.cpp; arguments as for `reference_forward`."""
+    x, velocity, target = x.contiguous(), velocity.contiguous(), target.contiguous()
+    out, distance = torch.empty_like(x), torch.empty_like(delta)
+    _native.call("leap_connector", x, velocity, target, delta, out, distance, *size(x), x.dtype, velocity.dtype)
     return out, distance
-
-
-def native_backward(grad: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the gradient at velocity with native code, which has `dtype` equal to that of `grad`."""
-    grad = grad.contiguous()
-    out = torch.empty_like(grad)
-    batch, per_sample = grad.shape[0], grad.numel() // grad.shape[0]
-    _native.call("leap_update_backward", grad, delta, out, batch, per_sample, dtype=dtype)
-    return out
 
 
 # ---- dispatch and autograd ---------------------------------------------------------------------------------
 
-
-def eligible(backend: Backend, x: Tensor, *others: Tensor) -> str | None:
-    """Say why `backend` cannot take these tensors (x, velocity, perhaps target), or return None if it can."""
-    if backend == "native" and any(other.dtype != x.dtype for other in others):
-        return "native code needs x and velocity of one dtype"
-    return unsupported(backend, x, *others)
-
-
-_OP = register("leap_update", eligible)
+_OP = register("leap_update", unsupported)
 _FORWARD = {"triton": triton_forward, "native": native_forward, "reference": reference_forward}
-_BACKWARD = {"triton": triton_backward, "native": native_backward, "reference": reference_backward}
 
 
-class _LeapUpdate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor | None, backend: Backend
-    ) -> tuple[Tensor, Tensor | None]:
-        return _FORWARD[backend](x, velocity, delta, target)
+def _run(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return _FORWARD[choose(_OP, x, velocity, target)](x, velocity, delta, target)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        _, velocity, delta, _, ctx.backend = inputs
-        ctx.save_for_backward(delta)
-        ctx.velocity_dtype = velocity.dtype
-        if output[1] is not None:
-            ctx.mark_non_differentiable(output[1])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        (delta,) = ctx.saved_tensors
-        grad_velocity = None
-        if ctx.needs_input_grad[1]:
-            # Forward's backend again, unless a transform such as vmap wraps the gradient.
-            backend = ctx.backend if eligible(ctx.backend, grad) is None else "reference"
-            grad_velocity = _BACKWARD[backend](grad, delta, ctx.velocity_dtype)
-        return grad, grad_velocity, None, None, None
+def _fake(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(delta)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, velocity, delta, _ = inputs
+    ctx.save_for_backward(delta)
+    ctx.velocity_dtype, ctx.setting = velocity.dtype, current()
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (delta,) = ctx.saved_tensors
+    grad_velocity = None
+    if ctx.needs_input_grad[1]:
+        grad_velocity = resumed(ctx.setting, scaled, grad, delta, ctx.velocity_dtype)
+    return grad, grad_velocity, None, None
+
+
+_connect = define(
+    "leap_update(Tensor x, Tensor velocity, Tensor delta, Tensor target) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _setup_context,
+    _backward,
+)
 
 
 def leap_update(
@@ -194,8 +131,8 @@ def leap_update(
     """Leap from `sigma_from` to `sigma_to` in one step: `xhat = x - (sigma_from - sigma_to) * velocity`.
 
     With `target`, the latent connector `xhat + stop_gradient(target - xhat)`: the value is `target`, bit for
-    bit, the gradient is that of `xhat`. Gradients reach `x` and `velocity`, once differentiable; sigmas and
-    target are constants. Arithmetic is float32 (float64 if a tensor is float64). Any strides are taken.
+    bit, the gradient is that of `xhat`. Gradients reach `x` and `velocity`; sigmas and target are constants.
+    Arithmetic is float32 (float64 if a tensor is float64). Any strides are taken.
 
     Args:
         x: latents (B, ...), float32, bfloat16, float16 or float64.
@@ -214,9 +151,9 @@ def leap_update(
     """
     check_latents("leap_update", x=x, velocity=velocity, target=target)
     check_latents("leap_update", same_dtype=True, x=x, target=target)
-    tensors = [x, velocity] if target is None else [x, velocity, target]
-    dtype = compute_dtype(*tensors)
-    delta = sigma_difference("leap_update", ("sigma_from", "sigma_to"), sigma_from, sigma_to, x, dtype)
-    backend = choose(_OP, *tensors)
-    latents, distance = _LeapUpdate.apply(x, velocity, delta, target, backend)
+    dtype = compute_dtype(x, velocity)
+    delta = sigma_difference("leap_update", ("sigma_to", "sigma_from"), sigma_to, sigma_from, x, dtype)
+    if target is None:
+        return step(x, velocity, delta, None, None), None
+    latents, distance = _connect(x, velocity, delta, target.detach())
     return latents, distance

@@ -6,9 +6,11 @@
 is the upper half of a float32: adding 16 random bits to the lower half and cutting it off does this, because
 the carry out of the lower half happens with just that probability.
 
-The bits of element i are the low 16 of the first word of Philox4x32-10 (Salmon et al., 2011) with the seed as
-key and `offset + i` as counter, so they depend on nothing else: not on the backend, the device, or how a
-tensor is cut up.
+The bits come from Philox4x32-10 (Salmon et al., 2011) with the seed as key. A counter draws four words of 32 bits,
+the random bits of eight neighbours: element i has position p = offset + i, counter p // 8 (the 64-bit number in the
+first two words of the counter, low word first; the others are 0), and the half of word (p % 8) // 2 that p % 2
+says: 0 the low one, 1 the high one. So the bits depend on seed and position alone: not on the backend, the device,
+or how a tensor is cut up.
 """
 
 from __future__ import annotations
@@ -16,9 +18,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import choose, only_reference, register
+from . import _native
+from ._arguments import check_writable
+from ._dispatch import choose, register, unsupported
+from ._library import qualified
+from ._triton import jit_for_any, tl, triton
 
-_OP = register("stochastic_round_", only_reference)
+_PER_COUNTER = 8
+
+# ---- reference ---------------------------------------------------------------------------------------------
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -47,18 +55,100 @@ def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return upper >> 16, ((upper & 0xFFFF) << 16) | (lower & 0xFFFF)
 
 
-def reference(src: Tensor, seed: int, offset: int) -> Tensor:
-    """Round a flat float32 tensor to bfloat16 in plain PyTorch; its first element has counter `offset`."""
-    position = torch.arange(src.numel(), dtype=torch.int64, device=src.device) + offset
-    zero = torch.zeros_like(position)
-    words = philox((position & _MASK, position >> 32, zero, zero), (seed & _MASK, seed >> 32))
+def random_bits(count: int, seed: int, offset: int, device: torch.device) -> Tensor:
+    """Return the 16 random bits of `count` positions from `offset` on, as int64 (count,)."""
+    first, skipped = divmod(offset, _PER_COUNTER)
+    counters = torch.arange(-(-(skipped + count) // _PER_COUNTER), dtype=torch.int64, device=device) + first
+    zero = torch.zeros_like(counters)
+    words = philox((counters & _MASK, counters >> 32, zero, zero), (seed & _MASK, seed >> 32))
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=1).view(-1)[skipped : skipped + count]
+
+
+def reference_piece(src: Tensor, seed: int, offset: int) -> Tensor:
+    """Round a flat float32 tensor to bfloat16 in plain PyTorch; its first element has position `offset`."""
     bits = src.view(torch.int32).to(torch.int64)
-    rounded = bits + (words[0] & 0xFFFF)
-    # Above the largest bfloat16 the upper neighbour is infinity: a finite value stays finite instead.
+    rounded = bits + random_bits(src.numel(), seed, offset, src.device)
+    # Above the largest bfloat16 the upper neighbour is infinity: a finite value stays finite, infinity is cut.
     overflows = (rounded & 0x7F800000) == 0x7F800000
-    upper_half = torch.where(overflows, bits, rounded) >> 16
-    result = upper_half.to(torch.int16).view(torch.bfloat16)
-    return torch.where(src.isfinite(), result, src.to(torch.bfloat16))
+    # A NaN could lose its last bit, or carry into the sign: its quiet bit keeps it.
+    kept = torch.where(src.isnan(), bits | 0x400000, torch.where(overflows, bits, rounded))
+    return (kept >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def reference(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
+    """Round contiguous `src` into contiguous `dst` in plain PyTorch."""
+    for number, (to, piece) in enumerate(zip(dst.view(-1).split(_PIECE), src.view(-1).split(_PIECE), strict=True)):
+        to.copy_(reference_piece(piece, seed, offset + number * _PIECE))
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------
+
+BLOCK = 1024
+
+
+# Any number may come as seed or counter. Not so `skipped`: at 0, which divides by 16, addresses are aligned.
+@jit_for_any("seed", "first")
+def round_kernel(  # type: ignore[no-untyped-def]
+    dst_ptr, src_ptr, seed: tl.uint64, first: tl.int64, skipped, count, BLOCK: tl.constexpr
+):
+    # 64 bits from here on: a tensor may exceed 2^31 elements.
+    program = tl.program_id(0).to(tl.int64)
+    counters = first + program * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    zero = tl.zeros([BLOCK // 8], dtype=tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, counters.to(tl.uint32), (counters >> 32).to(tl.uint32), zero, zero)
+    # (counter, word // 2, word % 2, half): row-major, this is the order of positions.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    random = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK])
+    at = program * BLOCK + tl.arange(0, BLOCK) - skipped
+    inside = (at >= 0) & (at < count)
+    bits = tl.load(src_ptr + at, mask=inside, other=0.0).to(tl.uint32, bitcast=True)
+    rounded = bits + random
+    kept = tl.where((rounded & 0x7F800000) == 0x7F800000, bits, rounded)
+    kept = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, kept)
+    tl.store(dst_ptr + at, (kept >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
+
+
+def triton_round(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
+    """Round contiguous `src` into contiguous `dst` with Triton."""
+    first, skipped = divmod(offset, _PER_COUNTER)
+    blocks = triton.cdiv(skipped + src.numel(), BLOCK)
+    with torch.cuda.device_of(src):
+        round_kernel[(blocks,)](dst, src, seed, first, skipped, src.numel(), BLOCK)
+
+
+# ---- native CPU code ---------------------------------------------------------------------------------------
+
+
+def native_round(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
+    """Round contiguous `src` into contiguous `dst` with native/weights.cpp."""
+    _native.call("leap_stochastic_round", src, dst, seed, offset, src.numel())
+
+
+# ---- dispatch ----------------------------------------------------------------------------------------------
+
+_OP = register("stochastic_round_", unsupported)
+_ROUND = {"triton": triton_round, "native": native_round, "reference": reference}
+
+
+@torch.library.custom_op(
+    qualified("stochastic_round_"),
+    mutates_args=("dst",),
+    schema="(Tensor(a!) dst, Tensor src, SymInt seed, SymInt offset) -> ()",
+)
+def _round(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
+    if src.numel() == 0:
+        return
+    whole = dst if dst.is_contiguous() else torch.empty_like(dst, memory_format=torch.contiguous_format)
+    # The schema's integers are signed: the upper half of the seeds came as negative numbers.
+    _ROUND[choose(_OP, dst, src)](whole, src.contiguous(), seed % (1 << 64), offset)
+    if whole is not dst:
+        dst.copy_(whole)
+
+
+@_round.register_fake
+def _(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
+    return None
 
 
 @torch.no_grad()
@@ -68,7 +158,8 @@ def stochastic_round_(dst: Tensor, src: Tensor, seed: int, offset: int) -> Tenso
     The expectation of the result is `src`. A value that bfloat16 holds exactly is never changed; inf and nan
     stay (a nan may lose its payload), and a finite value never becomes infinite. The bits drawn for element i
     (in row-major order) depend on `seed` and `offset + i` alone: the same two give the same result on every
-    backend, and offsets that differ by at least the number of elements give independent draws.
+    backend, and offsets that differ by at least the number of elements give independent draws. A tensor may be
+    rounded in pieces, each with its first element's offset; offsets that are multiples of 8 are fastest.
 
     Args:
         dst: bfloat16, any shape; any strides under which no two elements share memory.
@@ -84,22 +175,14 @@ def stochastic_round_(dst: Tensor, src: Tensor, seed: int, offset: int) -> Tenso
         BackendUnavailable: in strict mode, if the backend asked for cannot run.
     """
     _check(dst, src, seed, offset)
-    choose(_OP, dst, src)
-    flat = src.detach().reshape(-1)
-    pieces = [reference(piece, seed, offset + start * _PIECE) for start, piece in enumerate(flat.split(_PIECE))]
-    return dst.copy_(torch.cat(pieces).view(dst.shape))
+    _round(dst, src, seed if seed < 1 << 63 else seed - (1 << 64), offset)
+    return dst
 
 
 def _check(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
     if dst.dtype != torch.bfloat16 or src.dtype != torch.float32:
         raise ValueError(f"stochastic_round_ rounds float32 to bfloat16, not {src.dtype} to {dst.dtype}.")
-    if dst.shape != src.shape or dst.device != src.device:
-        raise ValueError(
-            f"stochastic_round_ needs dst and src alike, but dst is {tuple(dst.shape)} on {dst.device} and "
-            f"src {tuple(src.shape)} on {src.device}."
-        )
-    if any(stride == 0 and size > 1 for stride, size in zip(dst.stride(), dst.shape, strict=True)):
-        raise ValueError("stochastic_round_ cannot write to an expanded dst: its elements share memory.")
+    check_writable("stochastic_round_", "dst", dst, "src", src)
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"stochastic_round_ needs a seed in [0, 2^64), not {seed}.")
     if not 0 <= offset <= (1 << 63) - max(1, src.numel()):

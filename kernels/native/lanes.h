@@ -1,20 +1,42 @@
-// Sixteen floats at a time, in GCC/Clang vector extensions, and their conversions to and from storage types.
+// Thirty-two elements at a time, in GCC/Clang vector extensions: arithmetic on floats, and how they are loaded from
+// and stored to float, bfloat16 and half.
 //
-// The lane count is the same on every instruction set (a narrower machine splits the vector), so a sum over lanes
-// adds in the same order, and gives the same bits, everywhere. Files that include this are compiled once per
-// instruction set; the unnamed namespace keeps the linker from sharing one copy between them.
+// The number is the same on every instruction set (a narrower machine needs more registers for them), so a sum over
+// lanes adds in the same order, and gives the same bits, everywhere. Files that include this are compiled once per
+// instruction set: everything here is in an unnamed namespace and calls no inline function of the standard library,
+// or the linker could hand an AVX copy to code that must run anywhere.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
-constexpr int64_t LANES = 16;
+// One register: compilers keep wider vectors in memory.
+#if defined(__AVX512F__)
+constexpr int64_t REGISTER = 64;
+#elif defined(__AVX2__)
+constexpr int64_t REGISTER = 32;
+#else
+constexpr int64_t REGISTER = 16;
+#endif
+typedef float Floats __attribute__((vector_size(REGISTER)));
+typedef uint32_t Words __attribute__((vector_size(REGISTER)));
+typedef uint16_t Halves __attribute__((vector_size(REGISTER / 2)));
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+constexpr int64_t STEP = 32;
+constexpr int64_t PARTS = STEP * 4 / REGISTER;
+
+template <class Vector, int64_t COUNT>
+struct Parts {
+  Vector part[COUNT];
+};
+using Step = Parts<Floats, PARTS>;
 
 template <class To, class From>
 inline To bits(From from) {
@@ -24,81 +46,246 @@ inline To bits(From from) {
   return to;
 }
 
-// Comparisons give all-ones lanes, so selection is masking.
-inline Words select(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
+inline Words all(uint32_t word) { return Words{} + word; }
 
-inline Floats absolute(Floats value) { return bits<Floats>(bits<Words>(value) & 0x7fffffffu); }
+// ---- arithmetic ------------------------------------------------------------------------------------------------
 
-struct Float32 {
-  using Element = float;
-  using Raw = Floats;
+// Returns {function(0), function(1), ...}. Unrolled from the start, not by a late pass: or the parts stay in memory.
+template <int64_t... P, class Function>
+inline auto list(std::integer_sequence<int64_t, P...>, Function function) {
+  return Parts<decltype(function(0)), sizeof...(P)>{{function(P)...}};
+}
 
-  static Floats widen(Floats raw) { return raw; }
-  static Floats narrow(Floats value) { return value; }
-};
+template <int64_t COUNT = PARTS, class Function>
+inline auto each(Function function) {
+  return list(std::make_integer_sequence<int64_t, COUNT>{}, function);
+}
+
+inline Step operator+(const Step& x, const Step& y) {
+  return each([&](int64_t p) { return x.part[p] + y.part[p]; });
+}
+inline Step operator-(const Step& x, const Step& y) {
+  return each([&](int64_t p) { return x.part[p] - y.part[p]; });
+}
+inline Step operator*(const Step& x, const Step& y) {
+  return each([&](int64_t p) { return x.part[p] * y.part[p]; });
+}
+inline Step operator*(const Step& x, float factor) {
+  return each([&](int64_t p) { return x.part[p] * factor; });
+}
+inline Step absolute(const Step& x) {
+  return each([&](int64_t p) { return bits<Floats>(bits<Words>(x.part[p]) & 0x7fffffffu); });
+}
+
+inline double sum(const Step& x) {
+  float lanes[STEP];
+  std::memcpy(lanes, x.part, sizeof(lanes));
+  double total = 0.0;
+  for (float lane : lanes) total += static_cast<double>(lane);
+  return total;
+}
+
+// ---- sixteen-bit formats ---------------------------------------------------------------------------------------
 
 struct BFloat16 {
-  using Element = uint16_t;
-  using Raw = Halves;
+  static Floats widen(Halves halves) { return bits<Floats>(__builtin_convertvector(halves, Words) << 16); }
+  static Halves narrow(Floats value) { return __builtin_convertvector(rounded(value) >> 16, Halves); }
 
-  static Floats widen(Halves raw) { return bits<Floats>(__builtin_convertvector(raw, Words) << 16); }
-
-  // Round to nearest even; NaN becomes the quiet NaN that PyTorch writes.
-  static Halves narrow(Floats value) {
+  // Rounds to nearest even, into the upper half. NaN becomes the quiet NaN that PyTorch writes.
+  static Words rounded(Floats value) {
     const Words word = bits<Words>(value);
-    const Words rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-    const Words is_nan = (Words)((word & 0x7fffffffu) > 0x7f800000u);
-    return __builtin_convertvector(select(is_nan, (word & 0u) + 0x7fc0u, rounded), Halves);
+    const Words nearest = word + 0x7fffu + ((word >> 16) & 1u);
+    return value == value ? nearest : all(0x7fc00000u);
   }
 };
 
 struct Float16 {
-  using Element = uint16_t;
-  using Raw = Halves;
-
+  // Every processor with AVX2 converts halves itself.
+#if defined(__AVX512F__)
+  static Floats widen(Halves halves) { return bits<Floats>(_mm512_cvtph_ps(bits<__m256i>(halves))); }
+  static Halves nearest(Floats value) { return bits<Halves>(_mm512_cvtps_ph(bits<__m512>(value), 0)); }
+#elif defined(__F16C__)
+  static Floats widen(Halves halves) { return bits<Floats>(_mm256_cvtph_ps(bits<__m128i>(halves))); }
+  static Halves nearest(Floats value) { return bits<Halves>(_mm256_cvtps_ph(bits<__m256>(value), 0)); }
+#else
   // Shift the fields into a float's place and add the difference of the exponent biases (112). Infinity and NaN
   // get it twice. A subnormal is built as 2^-14 * (1 + fraction) and loses its 2^-14 by an exact subtraction.
-  static Floats widen(Halves raw) {
-    const Words half = __builtin_convertvector(raw, Words);
-    const Words sign = (half & 0x8000u) << 16;
+  static Floats widen(Halves halves) {
+    const Words half = __builtin_convertvector(halves, Words);
+    const Words bias = all(112u << 23);
+    const Words smallest_normal = bias + (1u << 23);
     const Words magnitude = (half & 0x7fffu) << 13;
     const Words exponent = half & 0x7c00u;
-    const Words bias = (half & 0u) + (112u << 23);
-    const Words smallest_normal = bias + (1u << 23);
     const Words normal = magnitude + bias;
-    const Words special = normal + bias;
     const Words subnormal =
         bits<Words>(bits<Floats>(magnitude + smallest_normal) - bits<Floats>(smallest_normal));
-    const Words finite = select((Words)(exponent == 0u), subnormal, normal);
-    return bits<Floats>(sign | select((Words)(exponent == 0x7c00u), special, finite));
+    const Words finite = exponent == 0u ? subnormal : normal;
+    return bits<Floats>(((half & 0x8000u) << 16) | (exponent == 0x7c00u ? normal + bias : finite));
   }
 
-  // Round to nearest even. A result below 2^-14 is rounded by adding 0.5, whose last place is a half's 2^-24.
-  static Halves narrow(Floats value) {
+  // Rounds to nearest even. A result below 2^-14 is rounded by adding 0.5, whose last place is a half's 2^-24.
+  static Halves nearest(Floats value) {
     const Words word = bits<Words>(value);
-    const Words sign = (word >> 16) & 0x8000u;
     const Words magnitude = word & 0x7fffffffu;
-    const Words none = word & 0u;
-    const Words one_half = none + 0x3f000000u;
+    const Words one_half = all(0x3f000000u);
     const Words normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
     const Words subnormal = bits<Words>(bits<Floats>(magnitude) + bits<Floats>(one_half)) - one_half;
-    Words result = select((Words)(magnitude < 0x38800000u), subnormal, normal);
-    result = select((Words)(magnitude >= 0x477ff000u), none + 0x7c00u, result);
-    result = select((Words)(magnitude > 0x7f800000u), none + 0x7e00u, result);
-    return __builtin_convertvector(sign | result, Halves);
+    const Words finite = magnitude < 0x38800000u ? subnormal : normal;
+    const Words half = ((word >> 16) & 0x8000u) | (magnitude >= 0x477ff000u ? all(0x7c00u) : finite);
+    return __builtin_convertvector(half, Halves);
+  }
+#endif
+
+  // The same NaN on every instruction set.
+  static Halves narrow(Floats value) {
+    const Halves is_nan = __builtin_convertvector((Words)(value != value), Halves);
+    return (nearest(value) & ~is_nan) | (is_nan & 0x7e00u);
   }
 };
 
-template <class T>
-inline typename T::Raw load(const typename T::Element* from) {
+// ---- storage: a step in memory ---------------------------------------------------------------------------------
+
+struct Float32 {
+  using Element = float;
+  using Raw = Step;
+
+  static Step widen(const Raw& raw) { return raw; }
+  static Raw narrow(const Step& value) { return value; }
+};
+
+// Element after element, as Float32.
+template <class Format>
+struct InOrder {
+  using Element = uint16_t;
+  using Raw = Parts<Halves, PARTS>;
+
+  static Step widen(const Raw& raw) {
+    return each([&](int64_t p) { return Format::widen(raw.part[p]); });
+  }
+  static Raw narrow(const Step& value) {
+    return each([&](int64_t p) { return Format::narrow(value.part[p]); });
+  }
+};
+
+// bfloat16 with the even elements in the first half of the registers and the odd ones in the second: no lane moves,
+// which is what the conversion of InOrder waits for.
+struct Interleaved {
+  using Element = uint16_t;
+  using Raw = Parts<Words, PARTS / 2>;
+
+  static Step widen(const Raw& raw) {
+    return each([&](int64_t p) {
+      return bits<Floats>(p < PARTS / 2 ? raw.part[p] << 16 : raw.part[p - PARTS / 2] & 0xffff0000u);
+    });
+  }
+  static Raw narrow(const Step& value) {
+    return each<PARTS / 2>([&](int64_t p) {
+      const Words even = BFloat16::rounded(value.part[p]), odd = BFloat16::rounded(value.part[PARTS / 2 + p]);
+      return (even >> 16) | (odd & 0xffff0000u);
+    });
+  }
+};
+
+// How tensors of format `A` are stored in an operation that also has tensors of `B`: both need the same order.
+template <class A, class B>
+struct Beside {
+  using Storage = InOrder<A>;
+};
+template <class B>
+struct Beside<Float32, B> {
+  using Storage = Float32;
+};
+template <>
+struct Beside<BFloat16, BFloat16> {
+  using Storage = Interleaved;
+};
+
+// ---- loops over a run of elements ------------------------------------------------------------------------------
+
+template <class Vector>
+inline void stream(void* to, Vector vector) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(vector) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bits<__m512i>(vector));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(vector) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bits<__m256i>(vector));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(vector) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), bits<__m128i>(vector));
+  if constexpr (sizeof(vector) == 8) return _mm_stream_si64(static_cast<long long*>(to), bits<long long>(vector));
+#endif
+  std::memcpy(to, &vector, sizeof(vector));
+}
+
+// A full step.
+struct Whole {
+  template <class Vector, int64_t COUNT>
+  void read(const void* from, Parts<Vector, COUNT>& raw) const {
+    raw = each<COUNT>([from](int64_t p) {
+      Vector vector;
+      std::memcpy(&vector, static_cast<const char*>(from) + p * sizeof(vector), sizeof(vector));
+      return vector;
+    });
+  }
+  template <class Vector, int64_t COUNT>
+  void write(void* to, const Parts<Vector, COUNT>& raw) const {
+    each<COUNT>([&](int64_t p) { return std::memcpy(static_cast<char*>(to) + p * sizeof(Vector), &raw.part[p], sizeof(Vector)); });
+  }
+};
+
+// A full step, written past the caches, to an address aligned to 64 bytes.
+struct Streamed : Whole {
+  template <class Vector, int64_t COUNT>
+  void write(void* to, const Parts<Vector, COUNT>& raw) const {
+    each<COUNT>([&](int64_t p) { return stream(static_cast<char*>(to) + p * sizeof(Vector), raw.part[p]), 0; });
+  }
+};
+
+// The first `count` elements of a step. What is read is padded with zeros, which add nothing to a sum.
+struct Part {
+  int64_t count;
+
+  template <class Raw>
+  void read(const void* from, Raw& raw) const {
+    char padded[sizeof(raw)] = {};
+    std::memcpy(padded, from, sizeof(raw) / STEP * static_cast<uint64_t>(count));
+    Whole{}.read(padded, raw);
+  }
+  template <class Raw>
+  void write(void* to, const Raw& raw) const {
+    char padded[sizeof(raw)];
+    Whole{}.write(padded, raw);
+    std::memcpy(to, padded, sizeof(raw) / STEP * static_cast<uint64_t>(count));
+  }
+};
+
+template <class T, class Extent>
+inline typename T::Raw read(const typename T::Element* from, Extent extent) {
   typename T::Raw raw;
-  std::memcpy(&raw, from, sizeof(raw));
+  extent.read(from, raw);
   return raw;
 }
 
-template <class T>
-inline void store(typename T::Element* to, typename T::Raw raw) {
-  std::memcpy(to, &raw, sizeof(raw));
+template <class T, class Extent>
+inline Step load(const typename T::Element* from, Extent extent) {
+  return T::widen(read<T>(from, extent));
+}
+
+template <class T, class Extent>
+inline void store(typename T::Element* to, const Step& value, Extent extent) {
+  extent.write(to, T::narrow(value));
+}
+
+// Calls body(first element of the step, its extent) for all steps of `count` elements.
+template <class Body>
+[[gnu::flatten]] inline void sweep(int64_t count, bool streamed, Body body) {
+  int64_t i = 0;
+  if (streamed) {
+    for (; i + STEP <= count; i += STEP) body(i, Streamed{});
+  } else {
+    for (; i + STEP <= count; i += STEP) body(i, Whole{});
+  }
+  if (i < count) body(i, Part{count - i});
 }
 
 }  // namespace

@@ -1,7 +1,10 @@
 // C interface of the native CPU kernels. Raw pointers only, so that one binary serves any torch version.
 //
-// Tensors are contiguous, laid out (batch, per_sample), of one dtype; `delta` holds one float per sample.
-// Inputs may be read at any alignment. Outputs must not overlap inputs, except where stated.
+// Tensors are contiguous, laid out (batch, per_sample); scalars per sample are arrays of `batch` floats. Tensors are
+// float, bfloat16 or half as the dtype beside them says; arithmetic is in float. Any address is taken. Outputs must
+// not overlap inputs, except where stated. The result has the same bits on any number of threads and on any
+// instruction set. On Linux, large outputs are advised to use huge pages: where their memory is new, most of the time
+// would go into handing it over 4096 bytes at a time.
 // Functions return 0 on success and a negative number otherwise: -1 unknown dtype, -2 out of memory.
 #pragma once
 
@@ -10,7 +13,7 @@
 #define LEAP_API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; leap_kernels/_native.py refuses any other value.
-constexpr int32_t LEAP_ABI = 1;
+constexpr int32_t LEAP_ABI = 2;
 
 enum LeapDtype : int32_t { LEAP_FLOAT32 = 0, LEAP_BFLOAT16 = 1, LEAP_FLOAT16 = 2 };
 
@@ -22,12 +25,47 @@ LEAP_API const char* leap_isa();
 // 1 if built with OpenMP, else 0 (then `threads` is ignored).
 LEAP_API int32_t leap_has_openmp();
 
-// xhat = x - delta * velocity, in float. With target == nullptr, out = xhat. Otherwise out = target, bit for bit,
-// and distance[b] = mean |target - xhat| over the sample.
-LEAP_API int32_t leap_update_forward(const void* x, const void* velocity, const void* target, const float* delta,
-                                     void* out, float* distance, int64_t batch, int64_t per_sample, int32_t dtype,
-                                     int32_t threads);
+// out = target, bit for bit, and distance[b] = mean |target - (x + delta * velocity)| over the sample. x, target and
+// out are of `dtype`.
+LEAP_API int32_t leap_connector(const void* x, const void* velocity, const void* target, const float* delta, void* out,
+                                float* distance, int64_t batch, int64_t per_sample, int32_t dtype,
+                                int32_t velocity_dtype, int32_t threads);
 
-// grad_velocity = -delta * grad, in float.
-LEAP_API int32_t leap_update_backward(const void* grad, const float* delta, void* grad_velocity, int64_t batch,
-                                      int64_t per_sample, int32_t dtype, int32_t threads);
+// out = factor * grad, and, if second_out is not null, second_out = second_factor * grad. Both outputs are of
+// `out_dtype`.
+LEAP_API int32_t leap_scale(const void* grad, const float* factor, void* out, const float* second_factor,
+                            void* second_out, int64_t batch, int64_t per_sample, int32_t dtype, int32_t out_dtype,
+                            int32_t threads);
+
+// distance_j[b] = mean |x_j - (x_k - delta * v_k)|, distance_end[b] = mean |x_end - (x_j - sigma_j * v_j)|. The
+// three latents are of `dtype`, both velocities of `velocity_dtype`.
+LEAP_API int32_t leap_distances(const void* x_k, const void* v_k, const void* x_j, const void* v_j,
+                                const void* x_end, const float* delta, const float* sigma_j, float* distance_j,
+                                float* distance_end, int64_t batch, int64_t per_sample, int32_t dtype,
+                                int32_t velocity_dtype, int32_t threads);
+
+// out = coefficient * (direct + alpha * s * nested), s = min(1, max_ratio * |direct| / |nested|), or 1 where
+// |nested| is 0 or max_ratio is negative (no limit). Also writes both norms. direct and out are of `dtype`.
+LEAP_API int32_t leap_combine(const void* direct, const void* nested, const float* coefficient, float alpha,
+                              float max_ratio, void* out, float* direct_norm, float* nested_norm, int64_t batch,
+                              int64_t per_sample, int32_t dtype, int32_t nested_dtype, int32_t threads);
+
+// out = x + delta * v, where v = velocity, or uncond + scale * (velocity - uncond) if uncond is not null. x and out
+// are of `dtype`, both velocities of `velocity_dtype`.
+LEAP_API int32_t leap_euler_step(const void* x, const void* velocity, const void* uncond, const float* delta,
+                                 const float* scale, void* out, int64_t batch, int64_t per_sample, int32_t dtype,
+                                 int32_t velocity_dtype, int32_t threads);
+
+// weight[b] = 1 / sum over the `count` rows of max(distances[row][b], tau); loss = mean of
+// weight[b] * max(0, threshold - reward[b]). A handful of values: one thread takes them.
+LEAP_API int32_t leap_weighted_loss(const float* reward, const float* distances, float threshold, float tau,
+                                    float* loss, float* weight, int64_t count, int64_t batch, int32_t threads);
+
+// Rounds float to bfloat16: 16 random bits are added to the half that is cut off. Element i takes number
+// (offset + i) % 8 of the eight 16-bit numbers that Philox4x32-10 draws at counter (offset + i) / 8.
+LEAP_API int32_t leap_stochastic_round(const float* from, void* to, uint64_t seed, int64_t offset, int64_t count,
+                                       int32_t threads);
+
+// average = average + step * (weights - average), in place.
+LEAP_API int32_t leap_ema_update(void* average, const void* weights, float step, int64_t count, int32_t dtype,
+                                 int32_t weights_dtype, int32_t threads);

@@ -1,75 +1,82 @@
-// leap_update over whole tensors: cuts them into blocks, shares the blocks out to threads, adds up the distances.
-//
-// Blocks have a fixed size, whatever the number of threads; each has its own partial sum, and those of a sample are
-// added in order afterwards. So a distance has the same bits on any thread count.
+// The connector of leap_update, and leap_distances: how far from the rollout leaps land.
 
-#include <algorithm>
-#include <memory>
-#include <new>
+#include "blocks.h"
 
-#include "isa.h"
-#include "leap_native.h"
-#include "leap_update_blocks.h"
-
+namespace LEAP_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 8192;
-
-struct Shape {
-  int64_t batch, per_sample, blocks;
-  int threads;
-
-  Shape(int64_t batch_, int64_t per_sample_, int32_t threads_)
-      : batch(batch_), per_sample(per_sample_), blocks((per_sample_ + BLOCK - 1) / BLOCK),
-        threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads_, batch_ * blocks)))) {}
-};
-
-// Calls work(block number, sample, first element in the tensor, count) for every block.
-template <class Work>
-void for_each_block(const Shape& shape, Work work) {
-#pragma omp parallel for schedule(static) num_threads(shape.threads) if (shape.threads > 1)
-  for (int64_t block = 0; block < shape.batch * shape.blocks; ++block) {
-    const int64_t sample = block / shape.blocks;
-    const int64_t within = (block % shape.blocks) * BLOCK;
-    work(block, sample, sample * shape.per_sample + within, std::min(BLOCK, shape.per_sample - within));
-  }
+// How far `to` is from where `velocity` leads.
+inline Step miss(const Step& to, const Step& x, const Step& velocity, float delta) {
+  return to - (x + velocity * delta);
 }
 
-const LeapUpdateBlocks* blocks_for(int32_t dtype) {
-  if (dtype < 0 || dtype > 2) return nullptr;
-#if defined(__x86_64__)
-  if (leap_isa_in_use() == Isa::avx512) return &leap_update_avx512[dtype];
-  if (leap_isa_in_use() == Isa::avx2) return &leap_update_avx2[dtype];
-#endif
-  return &leap_update_baseline[dtype];
+template <class X, class V>
+int32_t connect(const Connector& call) {
+  const Blocks blocks(call.size);
+  const Sums sums(blocks.count());
+  if (sums.get() == nullptr) return -2;
+  blocks.for_each([&](const Block& block) {
+    const auto* x = at<X>(call.x, block);
+    const auto* velocity = at<V>(call.velocity, block);
+    const auto* target = at<X>(call.target, block);
+    auto* out = at<X>(call.out, block);
+    const float delta = call.delta[block.sample];
+    Step total{};
+    sweep(block.count, streamed<X>(out, call.size), [=, &total](int64_t i, auto extent) {
+      const typename X::Raw to = read<X>(target + i, extent);
+      extent.write(out + i, to);
+      total = total + absolute(miss(X::widen(to), load<X>(x + i, extent), load<V>(velocity + i, extent), delta));
+    });
+    sums.get()[block.number] = sum(total);
+  });
+  for (int64_t sample = 0; sample < call.size.batch; ++sample) {
+    const double total = blocks.sum_of(sums.get(), sample, 1);
+    call.distance[sample] = static_cast<float>(total / static_cast<double>(call.size.per_sample));
+  }
+  return 0;
+}
+
+template <class X, class V>
+int32_t distances(const LeapDistances& call) {
+  const Blocks blocks(call.size);
+  const Sums sums(2 * blocks.count());
+  if (sums.get() == nullptr) return -2;
+  blocks.for_each([&](const Block& block) {
+    const auto* x_k = at<X>(call.x_k, block);
+    const auto* v_k = at<V>(call.v_k, block);
+    const auto* x_j = at<X>(call.x_j, block);
+    const auto* v_j = at<V>(call.v_j, block);
+    const auto* x_end = at<X>(call.x_end, block);
+    const float delta = -call.delta[block.sample], sigma_j = -call.sigma_j[block.sample];
+    Step first{}, second{};
+    sweep(block.count, false, [=, &first, &second](int64_t i, auto extent) {
+      const Step middle = load<X>(x_j + i, extent);
+      first = first + absolute(miss(middle, load<X>(x_k + i, extent), load<V>(v_k + i, extent), delta));
+      second = second + absolute(miss(load<X>(x_end + i, extent), middle, load<V>(v_j + i, extent), sigma_j));
+    });
+    sums.get()[2 * block.number] = sum(first);
+    sums.get()[2 * block.number + 1] = sum(second);
+  });
+  for (int64_t sample = 0; sample < call.size.batch; ++sample) {
+    const double count = static_cast<double>(call.size.per_sample);
+    call.distance_j[sample] = static_cast<float>(blocks.sum_of(sums.get(), sample, 2) / count);
+    call.distance_end[sample] = static_cast<float>(blocks.sum_of(sums.get() + 1, sample, 2) / count);
+  }
+  return 0;
 }
 
 }  // namespace
 
-int32_t leap_update_forward(const void* x, const void* velocity, const void* target, const float* delta, void* out,
-                            float* distance, int64_t batch, int64_t per_sample, int32_t dtype, int32_t threads) {
-  const LeapUpdateBlocks* inner = blocks_for(dtype);
-  if (inner == nullptr) return -1;
-  const Shape shape(batch, per_sample, threads);
-  std::unique_ptr<double[]> partial(new (std::nothrow) double[static_cast<size_t>(batch * shape.blocks)]);
-  if (!partial) return -2;
-  for_each_block(shape, [&](int64_t block, int64_t sample, int64_t begin, int64_t count) {
-    partial[block] = inner->forward(x, velocity, target, out, begin, count, delta[sample]);
+int32_t run(const Connector& call) {
+  return with_dtypes(call.dtype, call.velocity_dtype, [&](auto x, auto velocity) {
+    return connect<decltype(x), decltype(velocity)>(call);
   });
-  for (int64_t sample = 0; target != nullptr && sample < batch; ++sample) {
-    double sum = 0.0;
-    for (int64_t block = 0; block < shape.blocks; ++block) sum += partial[sample * shape.blocks + block];
-    distance[sample] = static_cast<float>(sum / static_cast<double>(per_sample));
-  }
-  return 0;
 }
 
-int32_t leap_update_backward(const void* grad, const float* delta, void* grad_velocity, int64_t batch,
-                             int64_t per_sample, int32_t dtype, int32_t threads) {
-  const LeapUpdateBlocks* inner = blocks_for(dtype);
-  if (inner == nullptr) return -1;
-  for_each_block(Shape(batch, per_sample, threads), [&](int64_t, int64_t sample, int64_t begin, int64_t count) {
-    inner->backward(grad, grad_velocity, begin, count, delta[sample]);
+int32_t run(const LeapDistances& call) {
+  return with_dtypes(call.dtype, call.velocity_dtype, [&](auto x, auto velocity) {
+    return distances<decltype(x), decltype(velocity)>(call);
   });
-  return 0;
 }
+
+}  // namespace LEAP_ISA

@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import tolerances
 import torch
-from kernel_cases import HALVES_AND_FLOAT
-from leap_kernels import consistency_weighted_loss
+from kernel_cases import BACKENDS, HALVES_AND_FLOAT
+from leap_kernels import consistency_weighted_loss, use_backend
 from leap_kernels.consistency_weighted_loss import reference_backward, reference_forward
 
+by_backend = pytest.mark.parametrize("backend", BACKENDS)
 REWARD = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
 DISTANCES = (
     torch.tensor([0.05, 0.3, 0.2], dtype=torch.float64),
@@ -56,10 +57,12 @@ def test_one_tensor_a_sequence_and_a_stack_agree() -> None:
     torch.testing.assert_close(single[1], 1 / torch.tensor([0.1, 0.3, 0.2], dtype=torch.float64))
 
 
+@by_backend
 @pytest.mark.parametrize("dtype", HALVES_AND_FLOAT, ids=str)
-def test_half_precision_rewards_compute_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_rewards_compute_in_float32(backend: str, dtype: torch.dtype) -> None:
     reward = REWARD.to(dtype).requires_grad_()
-    loss, weight = consistency_weighted_loss(reward, [d.float() for d in DISTANCES], 0.6, 0.1)
+    with use_backend(backend, strict=True):
+        loss, weight = consistency_weighted_loss(reward, [d.float() for d in DISTANCES], 0.6, 0.1)
     exact = (WEIGHT * (0.6 - reward.double()).clamp(min=0)).mean().detach()
     assert loss.dtype == weight.dtype == torch.float32
     assert (loss - exact).abs() <= tolerances.reduction(exact, 3, torch.float32, operations=4) + 1e-7
@@ -67,9 +70,25 @@ def test_half_precision_rewards_compute_in_float32(dtype: torch.dtype) -> None:
     assert reward.grad.dtype == dtype
 
 
-def test_a_broken_reward_is_not_hidden() -> None:
-    loss, _ = consistency_weighted_loss(torch.tensor([torch.nan, 0.1]), torch.ones(2), 0.5, 0.1)
+@by_backend
+@pytest.mark.parametrize("count", [1, 3])
+def test_more_samples_than_a_block_and_any_number_of_leaps(backend: str, count: int) -> None:
+    reward, distances = torch.randn(300), torch.rand(count, 300)
+    with use_backend(backend, strict=True):
+        loss, weight = consistency_weighted_loss(reward, distances, 0.2, 0.3)
+    expected = 1 / distances.double().clamp(min=0.3).sum(dim=0)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), (expected * (0.2 - reward.double()).relu()).mean(), rtol=1e-6, atol=0)
+
+
+@by_backend
+def test_a_broken_reward_or_distance_is_not_hidden(backend: str) -> None:
+    broken = torch.tensor([torch.nan, 0.1])
+    with use_backend(backend, strict=True):
+        assert consistency_weighted_loss(broken, torch.ones(2), 0.5, 0.1)[0].isnan()
+        loss, weight = consistency_weighted_loss(torch.zeros(2), broken, 0.5, 0.1)
     assert loss.isnan()
+    assert weight.isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 OPS = {
     "combine_gradient_terms",
     "consistency_weighted_loss",
+    "ema_update_",
     "euler_step",
     "leap_distances",
     "leap_update",
@@ -25,7 +26,7 @@ X = torch.ones(2, 3)
 
 
 def chosen(*tensors: torch.Tensor) -> str:
-    return _dispatch.choose(_dispatch._ops["leap_update"], *(tensors or (X, X)))
+    return _dispatch.choose(_dispatch._ops["euler_step"], *(tensors or (X, X)))
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_unknown_backend_is_an_error(monkeypatch) -> None:
     ("tensors", "reason"),
     [
         ((X.double(), X.double()), "float64"),
-        ((X, X.half()), "one dtype"),
+        ((X, X, X.half()), "one dtype"),
         ((FakeTensorMode().from_tensor(X), X), "subclass"),
         ((X.to("meta"), X.to("meta")), "need CPU tensors"),
     ],
@@ -95,11 +96,6 @@ def test_strict_mode_raises_the_reason_and_otherwise_the_reference_runs(tensors,
         assert chosen(*tensors) == "reference"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert reason in caplog.text
-
-
-def test_ops_without_kernels_obey_strict_mode() -> None:
-    with use_backend("native", strict=True), pytest.raises(BackendUnavailable, match="no native kernel"):
-        leap_kernels.euler_step(X, X, 1.0, 0.5)
 
 
 def test_explain_covers_every_op_in_words() -> None:
@@ -156,27 +152,3 @@ for name in ("leapalign", "diffusers", "transformers"):
 
 def test_works_without_triton_and_imports_no_trainer() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)
-
-
-@pytest.mark.native
-def test_transforms_get_the_reference() -> None:
-    """They hand over tensors without memory, which native code could not read."""
-    with FakeTensorMode() as mode:
-        fake = mode.from_tensor(X)
-        assert leap_update(fake, fake, 1.0, 0.5, fake)[1].shape == (2,)
-    _, vjp = torch.func.vjp(lambda v: leap_update(X, v, 1.0, 0.25)[0], X)
-    assert torch.equal(vjp(X)[0], -0.75 * X)
-    velocity = X.clone().requires_grad_()
-    leapt, _ = leap_update(X, velocity, 1.0, 0.25)
-    grads = torch.stack([X, 2 * X])
-    (batched,) = torch.autograd.grad(leapt, velocity, grads, is_grads_batched=True)
-    assert torch.equal(batched, -0.75 * grads)
-
-
-def test_torch_compile_traces_leap_update_in_one_graph() -> None:
-    compiled = torch.compile(lambda v: leap_update(X, v, 1.0, 0.25, 2 * X)[0], backend="aot_eager", fullgraph=True)
-    velocity = X.clone().requires_grad_()
-    pinned = compiled(velocity)
-    pinned.sum().backward()
-    assert torch.equal(pinned, 2 * X)
-    assert torch.equal(velocity.grad, -0.75 * X)

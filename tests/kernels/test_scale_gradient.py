@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import HALVES_AND_FLOAT, latents
+from kernel_cases import HALVES_AND_FLOAT, WORDS, latents
 from leap_kernels import scale_gradient
-from leap_kernels.scale_gradient import reference_backward
+from leap_kernels.scale_gradient import native_scaled, reference
 
 
 @pytest.mark.parametrize("factor", [0.3, torch.tensor(0.3), torch.tensor([0.0, 0.3, 1.0])], ids=str)
@@ -19,6 +19,7 @@ def test_value_and_gradient_of_the_blend(factor) -> None:
     torch.testing.assert_close(ours, blend, rtol=1e-6, atol=0)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", HALVES_AND_FLOAT, ids=str)
 def test_gradient_is_rounded_once(dtype: torch.dtype) -> None:
     x, grad = latents(2, 1001, dtype=dtype).requires_grad_(), latents(2, 1001, dtype=dtype)
@@ -27,11 +28,19 @@ def test_gradient_is_rounded_once(dtype: torch.dtype) -> None:
     assert torch.equal(ours, (torch.tensor(0.1) * grad.float()).to(dtype))
 
 
-def test_reference_backward_on_strided_gradients() -> None:
-    grad = latents(4, 3).t()
-    expected = torch.stack([f * g for f, g in zip((1.0, 2.0, 3.0), grad, strict=True)])
-    factor = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    torch.testing.assert_close(reference_backward(grad, factor), expected)
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT, ids=str)
+@pytest.mark.parametrize("result", HALVES_AND_FLOAT, ids=str)
+def test_native_products_have_the_bits_of_the_reference(dtype: torch.dtype, result: torch.dtype) -> None:
+    """Every 16-bit pattern through load and store, and factors that reach subnormals and overflow."""
+    words = torch.arange(1 << 16, dtype=torch.int32)
+    values = words.to(torch.int16).view(dtype) if dtype != torch.float32 else (words << 16).view(dtype)
+    for factor in (1e-8, 1e-4, 0.37, 1.0, 1e4, 3e38):
+        (native,) = native_scaled(values[None], [torch.tensor([factor])], result)
+        (expected,) = reference(values[None], [torch.tensor([factor])], result)
+        assert torch.equal(native.isnan(), expected.isnan())
+        numbers = ~expected.isnan()
+        assert torch.equal(native[numbers].view(WORDS[result]), expected[numbers].view(WORDS[result]))
 
 
 def test_wrong_arguments_are_named() -> None:

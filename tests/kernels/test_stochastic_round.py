@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from leap_kernels import stochastic_round_
-from leap_kernels.stochastic_round import philox
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import BACKENDS, device
+from leap_kernels import stochastic_round_, use_backend
+from leap_kernels.stochastic_round import philox, random_bits
 from torch import Tensor
 
 
@@ -82,18 +85,60 @@ def test_finite_values_stay_finite() -> None:
     assert rounded(src).float().abs().eq(largest).all()
 
 
-def test_same_seed_and_offset_give_the_same_bits_wherever_a_tensor_is_cut() -> None:
-    src = torch.randn(1000)
-    whole = rounded(src, seed=5, offset=100)
-    parts = torch.cat([rounded(src[:333], 5, 100), rounded(src[333:], 5, 433)])
+words = st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=40)
+seeds = st.integers(0, (1 << 64) - 1)
+offsets = st.integers(0, (1 << 63) - 40)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@given(words=words, repeats=st.sampled_from([1, 300]), seed=seeds, offset=offsets)
+def test_same_bits_on_every_backend(backend: str, words: list[int], repeats: int, seed: int, offset: int) -> None:
+    """Of any float at all, NaN included."""
+    offset = min(offset, (1 << 63) - len(words) * repeats)
+    src = torch.tensor(words, dtype=torch.int64).to(torch.int32).view(torch.float32).repeat(repeats).to(device())
+    with use_backend("reference"):
+        expected = rounded(src, seed, offset)
+    with use_backend(backend, strict=True):
+        assert torch.equal(bits(rounded(src, seed, offset)), bits(expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(cut=st.integers(1, 2100), offset=st.integers(0, 20))
+def test_same_bits_wherever_a_tensor_is_cut(backend: str, cut: int, offset: int) -> None:
+    src = torch.linspace(-3, 3, 2101, device=device())
+    with use_backend(backend, strict=True):
+        whole = rounded(src, seed=5, offset=offset)
+        parts = torch.cat([rounded(src[:cut], 5, offset), rounded(src[cut:], 5, offset + cut)])
     assert torch.equal(bits(whole), bits(parts))
-    assert torch.equal(bits(whole), bits(rounded(src.view(10, 100), 5, 100)).view(-1))
 
 
-def test_pieces_of_a_large_tensor_continue_the_counter() -> None:
+def test_bits_are_those_of_the_documented_positions() -> None:
+    expected = [number for counter in (0, 1) for number in _numbers_of(counter)]
+    assert random_bits(16, 7, 0, torch.device("cpu")).tolist() == expected
+    assert random_bits(5, 7, 6, torch.device("cpu")).tolist() == expected[6:11]
+
+
+def _numbers_of(counter: int) -> list[int]:
+    """Return the eight numbers of a counter, with Python's integers."""
+    c, k = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [7, 0]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return [half for word in c for half in (word & 0xFFFF, word >> 16)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_pieces_of_a_large_tensor_continue_the_counter(backend: str) -> None:
     src = torch.full(((1 << 18) + 1000,), 1.001)
-    whole = rounded(src, seed=5)
-    assert torch.equal(bits(whole[-1500:]), bits(rounded(src[-1500:], 5, (1 << 18) - 500)))
+    with use_backend(backend, strict=True):
+        whole = rounded(src, seed=5)
+        assert torch.equal(bits(whole[-1500:]), bits(rounded(src[-1500:], 5, (1 << 18) - 500)))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3)
+        again = rounded(src, seed=5)
+        torch.set_num_threads(threads)
+    assert torch.equal(bits(again), bits(whole))
 
 
 def test_seed_and_offset_matter() -> None:

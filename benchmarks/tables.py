@@ -1,0 +1,131 @@
+"""Write the tables of a document from the JSON lines in benchmarks/results.
+
+    python benchmarks/tables.py docs/kernels.md
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` and comes from NAME.jsonl; text around it is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+Line = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def audit_table(lines: list[Line]) -> str:
+    """Return a row for each kernel, with the targets beside each other."""
+    kernels = {line["kernel"]: {} for line in lines}
+    for line in lines:
+        kernels[line["kernel"]][line["target"]] = line
+    rows = []
+    for kernel, on in kernels.items():
+        targets = [on[target] for target in TARGETS]
+        nvidia = [line for line in targets if line["bytes_ratio"] is not None]
+        rows.append(
+            [
+                f"`{kernel}`",
+                *(_each(line[key] for line in targets) for key in ("registers", "spills", "vector_bits")),
+                _each(line["shared_bytes"] for line in targets),
+                _each(f"{line['bytes_per_element']:.3f}" for line in nvidia),
+                str(targets[0]["least_bytes_per_element"]),
+                f"{max(line['bytes_ratio'] for line in nvidia):.4f}",
+                _each(f"{line['occupancy']:.0%}" for line in targets),
+                _each(f"{line['roofline']['microseconds']:.0f}" if line["roofline"] else "-" for line in targets),
+            ]
+        )
+    gpus = " / ".join(f"{kernels[lines[0]['kernel']][target]['roofline']['gpu']}" for target in TARGETS)
+    header = [
+        "kernel",
+        "registers",
+        "spills",
+        "vector bits",
+        "shared bytes",
+        "bytes an element",
+        "least",
+        "worst ratio",
+    ]
+    versions = f"Triton {lines[0]['triton']}, revision {lines[0]['revision']}"
+    note = f"{versions}; columns with several values: {' / '.join(TARGETS)}, one value where all agree."
+    return f"{note}\n\n{markdown([*header, 'occupancy', f'us, computed: {gpus}'], rows)}"
+
+
+def bench_table(lines: list[Line]) -> str:
+    """Return a row for each op, size and pass, with the variants beside each other."""
+    first = lines[0]
+    runs: dict[tuple[str, str, str], dict[str, Line]] = {}
+    for line in lines:
+        if line["pass"] in ("forward", "backward"):
+            runs.setdefault((line["case"], line["size"], line["pass"]), {})[line["variant"]] = line
+    rows = []
+    for (case, size, direction), variants in runs.items():
+        ours = variants.get("native") or variants.get("triton")
+        row = [f"`{case}`", size, direction, *(_milliseconds(variants.get(name)) for name in ("eager", "compile"))]
+        rows.append([*row, _milliseconds(ours), *_compared(ours)])
+    header = ["op", "latents", "pass", "eager ms", "compile ms", "native ms", "faster than eager", "than compile"]
+    note = (
+        f"{first['device']}, threads: {first['threads']}, PyTorch {first['torch']}, revision {first['revision']}, "
+        f"{first['dtype']}; medians of {first['repeats']}, quartiles in brackets."
+    )
+    return f"{note}\n\n{markdown([*header, 'GB/s', 'of copy', 'of clone', 'error', 'peak MB'], rows)}"
+
+
+def _milliseconds(line: Line | None) -> str:
+    if line is None:
+        return "-"
+    low, median, high = line["milliseconds"]
+    return f"{median:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _compared(line: Line | None) -> list[str]:
+    if line is None:
+        return ["-"] * 7
+    faster = [line["times_faster_than"].get(name) for name in ("eager", "compile")]
+    rate, shares = line["gigabytes_per_second"], [line["share_of_copy_rate"], line["share_of_clone_rate"]]
+    return [
+        *("-" if ratio is None else f"{ratio:.1f}x" for ratio in faster),
+        "-" if rate is None else f"{rate:.1f}",
+        *("-" if share is None else f"{share:.0%}" for share in shares),
+        f"{line['error']:.0e}",
+        f"{line['peak_bytes'] / 1e6:.1f}",
+    ]
+
+
+def _each(values: Any) -> str:
+    """Join values with slashes, or give the one that all of them are."""
+    texts = [str(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+
+
+TABLES = {"audit": audit_table, "bench": bench_table}
+
+
+def filled(document: str, results: Path = RESULTS) -> str:
+    """Return the document with every table written anew from its JSON lines."""
+
+    def table(found: re.Match[str]) -> str:
+        name = found["name"]
+        lines = [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()]
+        return f"<!-- table: {name} -->\n{TABLES[name](lines)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", table, document, flags=re.S)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("document", type=Path)
+    path = parser.parse_args().document
+    path.write_text(filled(path.read_text()))

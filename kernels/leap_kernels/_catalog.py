@@ -1,0 +1,233 @@
+"""Every op with its formula, and every Triton kernel with what it takes to compile it and to count its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .combine_gradient_terms import BLOCK as COMBINE_BLOCK
+from .combine_gradient_terms import combine_kernel
+from .consistency_weighted_loss import BLOCK as LOSS_BLOCK
+from .consistency_weighted_loss import WARPS as LOSS_WARPS
+from .consistency_weighted_loss import loss_kernel
+from .ema_update import BLOCK as EMA_BLOCK
+from .ema_update import ema_kernel
+from .euler_step import BLOCK as EULER_BLOCK
+from .euler_step import euler_kernel
+from .leap_distances import BLOCK as DISTANCES_BLOCK
+from .leap_distances import distances_kernel
+from .leap_update import BLOCK as LEAP_BLOCK
+from .leap_update import connector_kernel
+from .scale_gradient import BLOCK as SCALE_BLOCK
+from .scale_gradient import scale_kernel
+from .stochastic_round import BLOCK as ROUND_BLOCK
+from .stochastic_round import round_kernel
+
+LATENTS = "T"
+"""Stands for the dtype of the latents in `KernelSpec`: `*T` is a pointer to them."""
+
+TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One Triton kernel with one choice of its constants."""
+
+    name: str
+    """Unique: `op` or `op/variant`."""
+    kernel: Any
+    """The function that `triton.jit` decorated."""
+    arguments: Mapping[str, str]
+    """Run-time arguments in order, with Triton's names of types; `*T` points to latents."""
+    constexprs: Mapping[str, object]
+    reads: tuple[str, ...]
+    """Type of each tensor that is read, once an element: `T`, `fp32` or `bf16`."""
+    writes: tuple[str, ...]
+    """Type of each tensor that is written, once an element."""
+    elements: int
+    """Elements that one program handles."""
+    num_warps: int = 4
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    """Dtypes of the latents that the kernel takes."""
+
+    def signature(self, dtype: torch.dtype) -> dict[str, str]:
+        """Return the type of every argument, for latents of `dtype`; constants are `constexpr`."""
+        types = {name: kind.replace(LATENTS, TRITON_NAMES[dtype]) for name, kind in self.arguments.items()}
+        return {**types, **dict.fromkeys(self.constexprs, "constexpr")}
+
+    def aligned(self) -> tuple[str, ...]:
+        """Return the arguments that are multiples of 16 (bytes or elements) for aligned tensors."""
+        return tuple(name for name, kind in self.arguments.items() if kind.startswith("*") or name in _SIZES)
+
+    def least_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes an element costs at least: each tensor read or written once."""
+        return sum(_BYTES[kind.replace(LATENTS, TRITON_NAMES[dtype])] for kind in self.reads + self.writes)
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op as its user sees it."""
+
+    name: str
+    formula: str
+    kernels: tuple[KernelSpec, ...] = ()
+
+
+_SIZES = ("per_sample", "count", "batch")
+_BLOCKED = {"per_sample": "i32", "blocks": "i32"}
+_ANY = (torch.float32,)
+
+
+def _scale(name: str, twice: bool) -> KernelSpec:
+    return KernelSpec(
+        name,
+        scale_kernel,
+        {
+            **{"grad_ptr": "*T", "factor_ptr": "*fp32", "out_ptr": "*T"},
+            **{"second_factor_ptr": "*fp32", "second_out_ptr": "*T"},
+            **_BLOCKED,
+        },
+        {"TWICE": twice, "BLOCK": SCALE_BLOCK},
+        reads=("T",),
+        writes=("T", "T") if twice else ("T",),
+        elements=SCALE_BLOCK,
+    )
+
+
+def _combine(name: str, norms: bool, out: bool) -> KernelSpec:
+    return KernelSpec(
+        name,
+        combine_kernel,
+        {
+            **{"direct_ptr": "*T", "nested_ptr": "*T", "coefficient_ptr": "*fp32", "share_ptr": "*fp32"},
+            **{"out_ptr": "*T", "direct_squares_ptr": "*fp32", "nested_squares_ptr": "*fp32"},
+            **_BLOCKED,
+        },
+        {"NORMS": norms, "OUT": out, "BLOCK": COMBINE_BLOCK},
+        reads=("T", "T"),
+        writes=("T",) if out else (),
+        elements=COMBINE_BLOCK,
+    )
+
+
+def _euler(name: str, guided: bool) -> KernelSpec:
+    return KernelSpec(
+        name,
+        euler_kernel,
+        {
+            **dict.fromkeys(("x_ptr", "velocity_ptr", "uncond_ptr"), "*T"),
+            **{"delta_ptr": "*fp32", "scale_ptr": "*fp32", "out_ptr": "*T"},
+            **_BLOCKED,
+        },
+        {"GUIDED": guided, "BLOCK": EULER_BLOCK},
+        reads=("T", "T", "T") if guided else ("T", "T"),
+        writes=("T",),
+        elements=EULER_BLOCK,
+    )
+
+
+_DISTANCES = KernelSpec(
+    "leap_distances",
+    distances_kernel,
+    {
+        **dict.fromkeys(("x_k_ptr", "v_k_ptr", "x_j_ptr", "v_j_ptr", "x_end_ptr"), "*T"),
+        **dict.fromkeys(("delta_ptr", "sigma_j_ptr", "first_ptr", "second_ptr"), "*fp32"),
+        **_BLOCKED,
+    },
+    {"BLOCK": DISTANCES_BLOCK},
+    reads=("T",) * 5,
+    writes=(),
+    elements=DISTANCES_BLOCK,
+)
+_CONNECTOR = KernelSpec(
+    "leap_update",
+    connector_kernel,
+    {
+        **dict.fromkeys(("x_ptr", "velocity_ptr", "target_ptr"), "*T"),
+        **{"delta_ptr": "*fp32", "out_ptr": "*T", "partial_ptr": "*fp32"},
+        **_BLOCKED,
+    },
+    {"BLOCK": LEAP_BLOCK},
+    reads=("T", "T", "T"),
+    writes=("T",),
+    elements=LEAP_BLOCK,
+)
+_LOSS = KernelSpec(
+    "consistency_weighted_loss",
+    loss_kernel,
+    {
+        **dict.fromkeys(("reward_ptr", "distances_ptr", "loss_ptr", "weight_ptr"), "*fp32"),
+        **{"threshold": "fp32", "tau": "fp32", "batch": "i32"},
+    },
+    # Two leaps. The elements are samples, of which one program takes all, a block at a time.
+    {"COUNT": 2, "BLOCK": LOSS_BLOCK},
+    reads=("fp32", "fp32", "fp32"),
+    writes=("fp32",),
+    elements=LOSS_BLOCK,
+    num_warps=LOSS_WARPS,
+    dtypes=_ANY,
+)
+_ROUND = KernelSpec(
+    "stochastic_round_",
+    round_kernel,
+    {"dst_ptr": "*bf16", "src_ptr": "*fp32", "seed": "u64", "first": "i64", "count": "i32"},
+    # An offset that is a multiple of 8.
+    {"skipped": 0, "BLOCK": ROUND_BLOCK},
+    reads=("fp32",),
+    writes=("bf16",),
+    elements=ROUND_BLOCK,
+    dtypes=_ANY,
+)
+_EMA = KernelSpec(
+    "ema_update_",
+    ema_kernel,
+    {"average_ptr": "*fp32", "weights_ptr": "*T", "step": "fp32", "count": "i32"},
+    {"BLOCK": EMA_BLOCK},
+    reads=("fp32", "T"),
+    writes=("fp32",),
+    elements=EMA_BLOCK,
+)
+
+OPS: tuple[OpSpec, ...] = (
+    OpSpec(
+        "leap_update",
+        "xhat = x - (sigma_from - sigma_to) * velocity; with a target, its value and the gradient of xhat",
+        (_CONNECTOR, _euler("leap_update/no_target", False), _scale("leap_update/backward", False)),
+    ),
+    OpSpec(
+        "leap_distances",
+        "d_j = mean|x_j - (x_k - (sigma_k - sigma_j) * v_k)|, d_end = mean|x_end - (x_j - sigma_j * v_j)|",
+        (_DISTANCES,),
+    ),
+    OpSpec(
+        "consistency_weighted_loss",
+        "mean_b w_b * max(0, threshold - r_b), w = 1 / sum_i max(d_i, tau)",
+        (_LOSS,),
+    ),
+    OpSpec("scale_gradient", "x; its gradient times factor", (_scale("scale_gradient/backward", False),)),
+    OpSpec(
+        "combine_gradient_terms",
+        "coefficient * (direct + alpha * s * nested), s = min(1, max_ratio * |direct| / |nested|)",
+        (
+            _combine("combine_gradient_terms", True, True),
+            _combine("combine_gradient_terms/norms", True, False),
+            _combine("combine_gradient_terms/limited", False, True),
+        ),
+    ),
+    OpSpec(
+        "euler_step",
+        "x + (sigma_next - sigma) * v, v = uncond + scale * (velocity - uncond) with guidance",
+        (
+            _euler("euler_step", False),
+            _euler("euler_step/guidance", True),
+            _scale("euler_step/backward", False),
+            _scale("euler_step/guidance_backward", True),
+        ),
+    ),
+    OpSpec("stochastic_round_", "src rounded to bfloat16, up or down with the odds that make it unbiased", (_ROUND,)),
+    OpSpec("ema_update_", "average + (1 - decay) * (weights - average)", (_EMA,)),
+)

@@ -1,0 +1,26 @@
+"""The command line of leap_kernels: `python -m leap_kernels list | explain | bench | audit | export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import audit, bench, export, listing
+from .report import ToolError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv` (default: the process's arguments) and return the exit code: 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="leap_kernels", description="Kernels for flow-matching trainers: tools.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for tool in (listing, bench, audit, export):
+        tool.add_commands(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.execute(arguments))
+    except ToolError as error:
+        print(f"leap_kernels: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

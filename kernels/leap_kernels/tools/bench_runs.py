@@ -1,0 +1,118 @@
+"""Runs the variants of a case in turns, and keeps what they took."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._dispatch import use_backend
+from .bench_cases import DTYPE, Case, Inputs, Outputs
+from .bench_measures import Clock, peak_bytes, relative_error
+
+FORWARD, BACKWARD = "forward", "backward"
+COPIES = ("copy", "clone")
+"""A plain copy of latents into memory that is there, and into fresh memory, as ops write their outputs to."""
+_WARM_UP = 2
+
+Key = tuple[str, str]
+"""A variant and a pass."""
+Seconds = dict[Key, list[float]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute a case; `backend` is the one that the op must use, None for plain PyTorch."""
+
+    name: str
+    function: Callable[[Inputs], Outputs]
+    backend: str | None = None
+
+    def context(self) -> contextlib.AbstractContextManager[None]:
+        """Choose the backend, for the forward as for the backward pass; strictly, so that nothing falls back."""
+        return contextlib.nullcontext() if self.backend is None else use_backend(self.backend, strict=True)
+
+
+class Bench:
+    """A case on latents of one shape: its inputs, the exact results, and the gradient that its backward starts from."""
+
+    def __init__(self, case: Case, shape: tuple[int, ...], device: torch.device) -> None:
+        self.case = case
+        self.device = device
+        self.clock = Clock(device)
+        self.inputs = case.inputs(shape, device)
+        self.gradient = self._first_gradient() if case.differentiable else None
+        self.copied = [self.inputs[name].detach() for name, to in case.latents.items() if to == DTYPE][:1]
+        elements = case.elements(shape)
+        self.least_bytes = {FORWARD: case.forward_bytes * elements, BACKWARD: (case.backward_bytes or 0) * elements}
+        self.least_bytes |= {copy: 2 * latents.nbytes for latents in self.copied for copy in COPIES}
+
+    def forward(self, variant: Variant) -> Outputs:
+        """Compute the outputs, with a graph where the case has a backward pass."""
+        with variant.context(), torch.set_grad_enabled(self.gradient is not None):
+            return variant.function(self.inputs)
+
+    def backward(self, variant: Variant, outputs: Outputs) -> tuple[Tensor, ...]:
+        """Send the gradient back through the first output."""
+        with variant.context():
+            return self._gradients(self.inputs, outputs, self.gradient)
+
+    def take_turns(self, variants: list[Variant], repeats: int) -> Seconds:
+        """Time every variant and pass once a repeat, and then plain copies of latents."""
+        seconds: Seconds = {}
+        rooms = [torch.empty_like(latents) for latents in self.copied]
+        for repeat in range(_WARM_UP + repeats):
+            first = repeat % len(variants)
+            taken: dict[Key, float] = {}
+            for variant in variants[first:] + variants[:first]:
+                taken |= self._take_turn(variant)
+            for latents, room in zip(self.copied, rooms, strict=True):
+                taken["copy", "copy"], _ = self.clock.seconds(lambda: room.copy_(latents))  # noqa: B023
+                taken["clone", "clone"], _ = self.clock.seconds(latents.clone)
+            for key, value in taken.items() if repeat >= _WARM_UP else ():
+                seconds.setdefault(key, []).append(value)
+        return seconds
+
+    def _take_turn(self, variant: Variant) -> dict[Key, float]:
+        taken: dict[Key, float] = {}
+        taken[variant.name, FORWARD], outputs = self.clock.seconds(lambda: self.forward(variant))
+        if self.gradient is not None:
+            taken[variant.name, BACKWARD], _ = self.clock.seconds(lambda: self.backward(variant, outputs))
+        return taken
+
+    def observe(self, variant: Variant) -> dict[Key, dict[str, Any]]:
+        """Return for each pass the error against float64 and the peak of memory; not timed."""
+        exact, exact_gradients = self._exact()
+        outputs = self.forward(variant)
+        # Before anything else: a case that works in place changes its outputs with the next call.
+        error = relative_error(outputs, exact)
+        peak = peak_bytes(lambda: None, lambda _: self.forward(variant), self.device)
+        observed = {(variant.name, FORWARD): {"error": error, "peak_bytes": peak}}
+        if self.gradient is not None:
+            error = relative_error(self.backward(variant, outputs), exact_gradients)
+            peak = peak_bytes(lambda: self.forward(variant), lambda again: self.backward(variant, again), self.device)
+            observed[variant.name, BACKWARD] = {"error": error, "peak_bytes": peak}
+        return observed
+
+    def _exact(self) -> tuple[Outputs, tuple[Tensor, ...]]:
+        """Compute outputs and gradients in float64 from the same inputs."""
+        inputs = {name: value.detach().double() for name, value in self.inputs.items()}
+        for name in self.case.differentiable:
+            inputs[name].requires_grad_()
+        outputs = (self.case.exact or self.case.plain)(inputs)
+        if self.gradient is None:
+            return outputs, ()
+        return outputs, self._gradients(inputs, outputs, self.gradient.double())
+
+    def _gradients(self, inputs: Inputs, outputs: Outputs, gradient: Tensor | None) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs[0], [inputs[name] for name in self.case.differentiable], gradient)
+
+    def _first_gradient(self) -> Tensor:
+        """Draw the gradient at the first output, in its dtype."""
+        like = self.case.plain(self.inputs)[0]
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(like.shape, generator=generator).to(like)

@@ -1,0 +1,89 @@
+// The arguments of each kernel, as the C interface took them, and the kernels themselves: one `run` for each kind of
+// call in a namespace for each instruction set. leap_native.cpp picks the namespace; CMake compiles the kernels'
+// files once for each, with LEAP_ISA naming it.
+#pragma once
+
+#include <cstdint>
+
+struct Size {
+  int64_t batch, per_sample;
+  int32_t threads;
+};
+
+struct Connector {
+  const void *x, *velocity, *target;
+  const float* delta;
+  void* out;
+  float* distance;
+  Size size;
+  int32_t dtype, velocity_dtype;
+};
+
+struct Scale {
+  const void* grad;
+  const float* factor;
+  void* out;
+  const float* second_factor;
+  void* second_out;
+  Size size;
+  int32_t dtype, out_dtype;
+};
+
+struct LeapDistances {
+  const void *x_k, *v_k, *x_j, *v_j, *x_end;
+  const float *delta, *sigma_j;
+  float *distance_j, *distance_end;
+  Size size;
+  int32_t dtype, velocity_dtype;
+};
+
+struct Combine {
+  const void *direct, *nested;
+  const float* coefficient;
+  float alpha, max_ratio;
+  void* out;
+  float *direct_norm, *nested_norm;
+  Size size;
+  int32_t dtype, nested_dtype;
+};
+
+struct EulerStep {
+  const void *x, *velocity, *uncond;
+  const float *delta, *scale;
+  void* out;
+  Size size;
+  int32_t dtype, velocity_dtype;
+};
+
+struct StochasticRound {
+  const float* from;
+  uint16_t* to;
+  uint64_t seed;
+  int64_t offset, count;
+  int32_t threads;
+};
+
+struct EmaUpdate {
+  void* average;
+  const void* weights;
+  float step;
+  Size size;
+  int32_t dtype, weights_dtype;
+};
+
+#define LEAP_DECLARE_KERNELS(isa)        \
+  namespace isa {                        \
+  int32_t run(const Connector& call);    \
+  int32_t run(const Scale& call);        \
+  int32_t run(const LeapDistances& call); \
+  int32_t run(const Combine& call);      \
+  int32_t run(const EulerStep& call);    \
+  int32_t run(const StochasticRound& call); \
+  int32_t run(const EmaUpdate& call);    \
+  }
+
+LEAP_DECLARE_KERNELS(baseline)
+#if defined(__x86_64__)
+LEAP_DECLARE_KERNELS(avx2)
+LEAP_DECLARE_KERNELS(avx512)
+#endif

@@ -1,0 +1,148 @@
+// The C interface: picks the instruction set once, and hands every call to the kernels compiled for it.
+
+#include "leap_native.h"
+
+#include <cstdlib>
+#include <string>
+
+#include "calls.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+// Asks for huge pages where `bytes` from `output` on hold a few of them. Only advice: a failure changes nothing.
+void advise_huge_pages(void* output, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t HUGE_PAGE = uintptr_t{2} << 20;
+  if (bytes < int64_t{2} * static_cast<int64_t>(HUGE_PAGE)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(output) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(output) + static_cast<uintptr_t>(bytes)) / HUGE_PAGE * HUGE_PAGE;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)output;
+  (void)bytes;
+#endif
+}
+
+int64_t bytes_of(int64_t elements, int32_t dtype) { return elements * (dtype == LEAP_FLOAT32 ? 4 : 2); }
+
+enum class Isa { baseline, avx2, avx512 };
+
+// LEAP_NATIVE_ISA=avx2 or baseline asks for less than the processor has, so that one machine can test all of them.
+Isa detect() {
+#if defined(__x86_64__)
+  const char* asked = std::getenv("LEAP_NATIVE_ISA");
+  const std::string cap = asked == nullptr ? "avx512" : asked;
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && cap == "avx512") return Isa::avx512;
+  if (avx2 && cap != "baseline") return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+Isa isa() {
+  static const Isa detected = detect();
+  return detected;
+}
+
+template <class Call>
+int32_t dispatch(const Call& call) {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::run(call);
+  if (isa() == Isa::avx2) return avx2::run(call);
+#endif
+  return baseline::run(call);
+}
+
+}  // namespace
+
+int32_t leap_abi() { return LEAP_ABI; }
+
+const char* leap_isa() {
+  switch (isa()) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+int32_t leap_has_openmp() {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int32_t leap_connector(const void* x, const void* velocity, const void* target, const float* delta, void* out,
+                       float* distance, int64_t batch, int64_t per_sample, int32_t dtype, int32_t velocity_dtype,
+                       int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * per_sample, dtype));
+  return dispatch(
+      Connector{x, velocity, target, delta, out, distance, {batch, per_sample, threads}, dtype, velocity_dtype});
+}
+
+int32_t leap_scale(const void* grad, const float* factor, void* out, const float* second_factor, void* second_out,
+                   int64_t batch, int64_t per_sample, int32_t dtype, int32_t out_dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * per_sample, out_dtype));
+  if (second_out != nullptr) advise_huge_pages(second_out, bytes_of(batch * per_sample, out_dtype));
+  return dispatch(
+      Scale{grad, factor, out, second_factor, second_out, {batch, per_sample, threads}, dtype, out_dtype});
+}
+
+int32_t leap_distances(const void* x_k, const void* v_k, const void* x_j, const void* v_j, const void* x_end,
+                       const float* delta, const float* sigma_j, float* distance_j, float* distance_end,
+                       int64_t batch, int64_t per_sample, int32_t dtype, int32_t velocity_dtype, int32_t threads) {
+  return dispatch(LeapDistances{x_k, v_k, x_j, v_j, x_end, delta, sigma_j, distance_j, distance_end,
+                                {batch, per_sample, threads}, dtype, velocity_dtype});
+}
+
+int32_t leap_combine(const void* direct, const void* nested, const float* coefficient, float alpha, float max_ratio,
+                     void* out, float* direct_norm, float* nested_norm, int64_t batch, int64_t per_sample,
+                     int32_t dtype, int32_t nested_dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * per_sample, dtype));
+  return dispatch(Combine{direct, nested, coefficient, alpha, max_ratio, out, direct_norm, nested_norm,
+                          {batch, per_sample, threads}, dtype, nested_dtype});
+}
+
+int32_t leap_euler_step(const void* x, const void* velocity, const void* uncond, const float* delta,
+                        const float* scale, void* out, int64_t batch, int64_t per_sample, int32_t dtype,
+                        int32_t velocity_dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * per_sample, dtype));
+  return dispatch(EulerStep{x, velocity, uncond, delta, scale, out, {batch, per_sample, threads}, dtype,
+                            velocity_dtype});
+}
+
+int32_t leap_weighted_loss(const float* reward, const float* distances, float threshold, float tau, float* loss,
+                           float* weight, int64_t count, int64_t batch, int32_t /*threads*/) {
+  double total = 0.0;
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    float sum = 0.0f;
+    // Comparisons that let a NaN through.
+    for (int64_t row = 0; row < count; ++row) {
+      const float distance = distances[row * batch + sample];
+      sum += distance < tau ? tau : distance;
+    }
+    const float hinge = threshold - reward[sample];
+    weight[sample] = 1.0f / sum;
+    total += static_cast<double>(weight[sample] * (hinge < 0.0f ? 0.0f : hinge));
+  }
+  *loss = static_cast<float>(total / static_cast<double>(batch));
+  return 0;
+}
+
+int32_t leap_stochastic_round(const float* from, void* to, uint64_t seed, int64_t offset, int64_t count,
+                              int32_t threads) {
+  return dispatch(StochasticRound{from, static_cast<uint16_t*>(to), seed, offset, count, threads});
+}
+
+int32_t leap_ema_update(void* average, const void* weights, float step, int64_t count, int32_t dtype,
+                        int32_t weights_dtype, int32_t threads) {
+  return dispatch(EmaUpdate{average, weights, step, {1, count, threads}, dtype, weights_dtype});
+}
