@@ -58,7 +58,7 @@ def audit_table(lines: list[Line]) -> str:
         "least",
         "worst ratio",
     ]
-    versions = f"Triton {lines[0]['triton']}, revision {lines[0]['revision']}"
+    versions = f"Triton {lines[0]['triton']}, revision {_revisions(lines)}"
     note = f"{versions}; columns with several values: {' / '.join(TARGETS)}, one value where all agree."
     return f"{note}\n\n{markdown([*header, 'occupancy', f'us, computed: {gpus}'], rows)}"
 
@@ -77,10 +77,14 @@ def bench_table(lines: list[Line]) -> str:
         rows.append([*row, _milliseconds(ours), *_compared(ours)])
     header = ["op", "latents", "pass", "eager ms", "compile ms", "native ms", "faster than eager", "than compile"]
     note = (
-        f"{first['device']}, threads: {first['threads']}, PyTorch {first['torch']}, revision {first['revision']}, "
+        f"{first['device']}, threads: {first['threads']}, PyTorch {first['torch']}, revision {_revisions(lines)}, "
         f"{first['dtype']}; medians of {first['repeats']}, quartiles in brackets."
     )
     return f"{note}\n\n{markdown([*header, 'GB/s', 'of copy', 'of clone', 'error', 'peak MB'], rows)}"
+
+
+def _revisions(lines: list[Line]) -> str:
+    return " and ".join(sorted({str(line["revision"]) for line in lines}))
 
 
 def _milliseconds(line: Line | None) -> str:

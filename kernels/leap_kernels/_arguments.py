@@ -11,21 +11,23 @@ PerSample = float | Tensor
 """A value per sample: a Python number, a 0-d tensor, or a tensor of shape (B,)."""
 
 
-def check_latents(op: str, same_dtype: bool = False, **tensors: Tensor | None) -> None:
-    """Check that the given tensors (None is skipped) are latents (B, ...) of one shape on one device.
+def check_latents(op: str, **tensors: Tensor | None) -> None:
+    """Check that tensors (the first, and of the others those given) are latents (B, ...) of one shape on one device.
 
     Raises:
         ValueError: on a dtype other than float32, bfloat16, float16 and float64, on a missing or empty
-            batch, and where shape or device (and, with `same_dtype`, dtype) differ from those of the first.
+            batch, and where shape or device differ from those of the first.
     """
-    given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    first_name, first = given[0]
+    first_name, first = next(iter(tensors.items()))
+    assert first is not None
     if first.ndim == 0 or first.numel() == 0:
         raise ValueError(
             f"{op} needs latents of shape (B, ...) with at least one element, but {first_name} has shape "
             f"{tuple(first.shape)}."
         )
-    for name, tensor in given:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{op} takes float32, bfloat16, float16 and float64, but {name} is {_name(tensor.dtype)}.")
         if tensor.shape != first.shape:
@@ -37,11 +39,6 @@ def check_latents(op: str, same_dtype: bool = False, **tensors: Tensor | None) -
             raise ValueError(
                 f"{op} needs tensors on one device, but {first_name} is on {first.device} and {name} is on "
                 f"{tensor.device}."
-            )
-        if same_dtype and tensor.dtype != first.dtype:
-            raise ValueError(
-                f"{op} needs {name} in the dtype of {first_name}, which is {_name(first.dtype)}, not "
-                f"{_name(tensor.dtype)}."
             )
 
 
@@ -75,7 +72,9 @@ def per_sample(op: str, name: str, value: PerSample, like: Tensor, dtype: torch.
     if not isinstance(value, Tensor):
         return torch.full((batch,), float(value), dtype=dtype, device=like.device)
     _check_per_sample(op, name, value, batch)
-    value = value.detach().to(device=like.device, dtype=dtype)
+    if value.requires_grad:
+        value = value.detach()
+    value = value.to(device=like.device, dtype=dtype)
     return (value if value.ndim == 1 else value.expand(batch)).contiguous()
 
 
@@ -89,14 +88,16 @@ def sigma_difference(
     Raises:
         ValueError: if a value is a tensor of another shape than () or (B,).
     """
-    exact = []
-    for name, value in zip(names, (first, second), strict=True):
-        if isinstance(value, Tensor):
-            _check_per_sample(op, name, value, like.shape[0])
-            value = value.detach().to(like.device)
-            value = value if value.dtype == torch.float64 else value.float()
-        exact.append(value)
-    return per_sample(op, "-".join(names), exact[0] - exact[1], like, dtype)
+    first, second = (_exact(op, name, value, like) for name, value in zip(names, (first, second), strict=True))
+    return per_sample(op, "-".join(names), first - second, like, dtype)
+
+
+def _exact(op: str, name: str, value: PerSample, like: Tensor) -> PerSample:
+    """Return a checked value, a tensor being on the device of `like` and in float32 or float64."""
+    if not isinstance(value, Tensor):
+        return value
+    _check_per_sample(op, name, value, like.shape[0])
+    return value.to(like.device, torch.float64 if value.dtype == torch.float64 else torch.float32)
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:

@@ -56,6 +56,9 @@ class Setting:
     strict: bool = False
 
 
+_BY_NAME = {name: Setting(name) for name in SETTINGS}
+_AUTOMATIC: dict[str, Backend] = {"cuda": "triton", "cpu": "native"}
+
 _override: ContextVar[Setting | None] = ContextVar("leap_kernels_backend", default=None)
 _ops: dict[str, Op] = {}
 
@@ -168,12 +171,13 @@ def _setting() -> Setting:
     override = _override.get()
     if override is not None:
         return override
-    return Setting(_checked(os.environ.get("LEAP_KERNELS", "auto"), "value of LEAP_KERNELS"))
+    name = os.environ.get("LEAP_KERNELS", "auto")
+    return _BY_NAME.get(name) or Setting(_checked(name, "value of LEAP_KERNELS"))
 
 
 def _wanted(setting: Setting, device: torch.device) -> Backend:
     if setting.name == "auto":
-        return {"cuda": "triton", "cpu": "native"}.get(device.type, "reference")  # type: ignore[return-value]
+        return _AUTOMATIC.get(device.type, "reference")
     return setting.name  # type: ignore[return-value]
 
 

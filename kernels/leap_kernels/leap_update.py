@@ -150,7 +150,8 @@ def leap_update(
         BackendUnavailable: in strict mode, if the backend asked for cannot run.
     """
     check_latents("leap_update", x=x, velocity=velocity, target=target)
-    check_latents("leap_update", same_dtype=True, x=x, target=target)
+    if target is not None and target.dtype != x.dtype:
+        raise ValueError(f"leap_update needs target in the dtype of x, which is {x.dtype}, not {target.dtype}.")
     dtype = compute_dtype(x, velocity)
     delta = sigma_difference("leap_update", ("sigma_to", "sigma_from"), sigma_to, sigma_from, x, dtype)
     if target is None:

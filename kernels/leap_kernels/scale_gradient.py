@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, size
 from ._dispatch import choose, current, register, resumed, unsupported
-from ._library import define
+from ._library import define, differentiable
 from ._triton import jit, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -139,23 +139,18 @@ scaled_twice = define(
 """`scaled_twice(grad, factor, second_factor, dtype)`: both products from one pass over `grad`."""
 
 
-class _ScaleGradient(torch.autograd.Function):
-    # Not a custom op: those must not return a view of an argument, and this is one.
-    generate_vmap_rule = True
+def _setup_discount(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.setting = current()
 
-    @staticmethod
-    def forward(x: Tensor, factor: Tensor) -> Tensor:
-        return x.view_as(x)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.setting = current()
+def _backward_discount(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (factor,) = ctx.saved_tensors
+    return resumed(ctx.setting, scaled, grad, factor, grad.dtype), None
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return resumed(ctx.setting, scaled, grad, factor, grad.dtype), None
+
+# Not a registered op: those must not return a view of an argument, and this is one.
+_discount = differentiable(lambda x, factor: x.view_as(x), _setup_discount, _backward_discount)
 
 
 def scale_gradient(x: Tensor, factor: PerSample) -> Tensor:
@@ -178,5 +173,5 @@ def scale_gradient(x: Tensor, factor: PerSample) -> Tensor:
     """
     check_latents("scale_gradient", x=x)
     factors = per_sample("scale_gradient", "factor", factor, x, compute_dtype(x))
-    result: Tensor = _ScaleGradient.apply(x, factors)
+    result: Tensor = _discount(x, factors)
     return result

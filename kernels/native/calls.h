@@ -71,15 +71,15 @@ struct EmaUpdate {
   int32_t dtype, weights_dtype;
 };
 
-#define LEAP_DECLARE_KERNELS(isa)        \
-  namespace isa {                        \
-  int32_t run(const Connector& call);    \
-  int32_t run(const Scale& call);        \
-  int32_t run(const LeapDistances& call); \
-  int32_t run(const Combine& call);      \
-  int32_t run(const EulerStep& call);    \
+#define LEAP_DECLARE_KERNELS(isa)           \
+  namespace isa {                           \
+  int32_t run(const Connector& call);       \
+  int32_t run(const Scale& call);           \
+  int32_t run(const LeapDistances& call);   \
+  int32_t run(const Combine& call);         \
+  int32_t run(const EulerStep& call);       \
   int32_t run(const StochasticRound& call); \
-  int32_t run(const EmaUpdate& call);    \
+  int32_t run(const EmaUpdate& call);       \
   }
 
 LEAP_DECLARE_KERNELS(baseline)

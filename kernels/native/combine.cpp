@@ -48,7 +48,7 @@ int32_t combine(const Combine& call) {
   const Sums sums(2 * blocks.count());
   if (sums.get() == nullptr) return -2;
   const bool limited = call.max_ratio >= 0.0f;
-  const int64_t group = limited ? larger(1, GROUP / call.size.per_sample) : call.size.batch;
+  const int64_t group = limited ? larger(1, GROUP / larger(1, call.size.per_sample)) : call.size.batch;
   for (int64_t first = 0; first < call.size.batch; first += group) {
     const int64_t last = smaller(first + group, call.size.batch);
     blocks.for_each(first, last, [&](const Block& block) {

@@ -229,7 +229,8 @@ struct Whole {
   }
   template <class Vector, int64_t COUNT>
   void write(void* to, const Parts<Vector, COUNT>& raw) const {
-    each<COUNT>([&](int64_t p) { return std::memcpy(static_cast<char*>(to) + p * sizeof(Vector), &raw.part[p], sizeof(Vector)); });
+    char* bytes = static_cast<char*>(to);
+    each<COUNT>([&](int64_t p) { return std::memcpy(bytes + p * sizeof(Vector), &raw.part[p], sizeof(Vector)); });
   }
 };
 
@@ -237,7 +238,8 @@ struct Whole {
 struct Streamed : Whole {
   template <class Vector, int64_t COUNT>
   void write(void* to, const Parts<Vector, COUNT>& raw) const {
-    each<COUNT>([&](int64_t p) { return stream(static_cast<char*>(to) + p * sizeof(Vector), raw.part[p]), 0; });
+    char* bytes = static_cast<char*>(to);
+    each<COUNT>([&](int64_t p) { return stream(bytes + p * sizeof(Vector), raw.part[p]), 0; });
   }
 };
 

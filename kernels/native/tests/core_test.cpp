@@ -27,7 +27,7 @@ size_t width(int32_t dtype) { return dtype == LEAP_FLOAT32 ? 4 : 2; }
 
 // Half the distance between neighbours, in units of the value.
 double unit(int32_t dtype) {
-  return dtype == LEAP_FLOAT32 ? std::ldexp(1.0, -24) : dtype == LEAP_BFLOAT16 ? std::ldexp(1.0, -8) : std::ldexp(1.0, -11);
+  return std::ldexp(1.0, dtype == LEAP_FLOAT32 ? -24 : dtype == LEAP_BFLOAT16 ? -8 : -11);
 }
 
 class Tensor {
@@ -196,6 +196,15 @@ void test_loss() {
   expect(close(loss, (2.0 * 0.4 + 2.5 * 0.1) / 3, 4, LEAP_FLOAT32), "loss", 0, 0, 0);
 }
 
+void test_nothing() {
+  float some[3];
+  uint16_t half = 7;
+  expect(0 == leap_combine(some, some, some, 0.3f, 0.5f, some, some, some, 0, 0, 0, 0, 2), "no samples", 0, 0, 0);
+  expect(0 == leap_combine(some, some, some, 0.3f, 0.5f, some, some, some, 1, 0, 0, 0, 2), "no elements", 1, 0, 0);
+  expect(0 == leap_ema_update(some, some, 0.5f, 0, 0, 0, 2), "no weights", 0, 0, 0);
+  expect(0 == leap_stochastic_round(some, &half, 1, 0, 0, 2) && half == 7, "nothing to round", 0, 0, 0);
+}
+
 // ---- stochastic rounding ---------------------------------------------------------------------------------------
 
 // Number p of the generator, by the definition: counter p / 8, 16-bit number p % 8.
@@ -250,6 +259,7 @@ int main() {
   }
   test_loss();
   float value = 0;
+  test_nothing();
   expect(-1 == leap_ema_update(&value, &value, 0.5f, 1, 3, 0, 1), "unknown dtype", 3, 0, 0);
   expect(-1 == leap_ema_update(&value, &value, 0.5f, 1, 0, -1, 1), "unknown dtype", 0, -1, 0);
   std::printf("%s: %s\n", leap_isa(), failures == 0 ? "passed" : "failed");
