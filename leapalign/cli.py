@@ -138,13 +138,12 @@ def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config
     """The config file given, else that of the run folder."""
     from leapalign.config import load_config
 
-    if path is None and run is None:
-        raise UserError("name a config with --config, such as configs/tiny.yaml")
-    if path is None and run is not None:
+    if path is None:
+        if run is None:
+            raise UserError("name a config with --config, such as configs/tiny.yaml")
         path = run / "config.yaml"
         if not path.exists():
             raise UserError(f"'{run}' is not a run folder: it has no config.yaml; check the path")
-    assert path is not None
     return load_config(path, overrides)
 
 

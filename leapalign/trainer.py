@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class Trainer:
     method: Method
     optimizer: Optimizer
     iteration: int = 0
+    order: PromptOrder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = PromptOrder(len(self.prompts), self.config.seed)
 
     @classmethod
     def from_config(cls, config: Config) -> Trainer:
@@ -99,8 +103,7 @@ class Trainer:
     def _accumulate(self, positions: range, share: float) -> dict[str, Tensor]:
         """Adds the gradient of ``share`` times the mean loss over the images at ``positions`` of the run."""
         config = self.config
-        order = PromptOrder(len(self.prompts), config.seed)
-        chosen = [order[position] for position in positions]
+        chosen = [self.order[position] for position in positions]
         velocity = PromptedVelocity(self.model, self.embeddings[torch.tensor(chosen)])
         noise = self.model.draw_noise([seed_of(config.seed, NOISE_STREAM, position) for position in positions])
         sigmas = self.model.sigmas(config.rollout.num_steps)

@@ -32,6 +32,16 @@ def jit_for_any(*names: str) -> Callable[[Callable[..., None]], Any]:
     return lambda kernel: kernel if MISSING else triton.jit(kernel, do_not_specialize=names)
 
 
+@jit
+def block_of_sample(per_sample, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return this program's sample, and the addresses and mask of its block: one program per block of one sample."""
+    program = tl.program_id(0)
+    sample = (program // blocks).to(tl.int64)
+    # 64 bits from here on: a batch may exceed 2^31 elements.
+    within = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return sample, sample * per_sample + within, within < per_sample
+
+
 def unavailable(device: torch.device) -> str | None:
     """Say why Triton cannot run on `device`, or return None if it can."""
     if MISSING:

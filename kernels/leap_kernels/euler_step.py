@@ -18,7 +18,7 @@ from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, sigma_difference, size
 from ._dispatch import choose, current, register, resumed, unsupported
 from ._library import define
-from ._triton import jit, tl, triton
+from ._triton import block_of_sample, jit, tl, triton
 from .scale_gradient import scaled, scaled_twice
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -53,12 +53,7 @@ def euler_kernel(  # type: ignore[no-untyped-def]
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    sample = (program // blocks).to(tl.int64)
-    # 64 bits from here on: a batch may exceed 2^31 elements.
-    within = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = within < per_sample
-    at = sample * per_sample + within
+    sample, at, inside = block_of_sample(per_sample, blocks, BLOCK)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     velocity = tl.load(velocity_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if GUIDED:

@@ -15,7 +15,7 @@ from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, rows, sigma_difference, size
 from ._dispatch import choose, register, unsupported
 from ._library import define
-from ._triton import jit, tl, triton
+from ._triton import block_of_sample, jit, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
 
@@ -51,11 +51,7 @@ def distances_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    sample = (program // blocks).to(tl.int64)
-    # 64 bits from here on: a batch may exceed 2^31 elements.
-    within = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = within < per_sample
-    at = sample * per_sample + within
+    sample, at, inside = block_of_sample(per_sample, blocks, BLOCK)
     x_k = tl.load(x_k_ptr + at, mask=inside, other=0.0).to(tl.float32)
     v_k = tl.load(v_k_ptr + at, mask=inside, other=0.0).to(tl.float32)
     x_j = tl.load(x_j_ptr + at, mask=inside, other=0.0).to(tl.float32)

@@ -19,7 +19,7 @@ from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, rows, sigma_difference, size
 from ._dispatch import choose, current, register, resumed, unsupported
 from ._library import define
-from ._triton import jit, tl, triton
+from ._triton import block_of_sample, jit, tl, triton
 from .euler_step import step
 from .scale_gradient import scaled
 
@@ -44,13 +44,8 @@ BLOCK = 1024
 def connector_kernel(  # type: ignore[no-untyped-def]
     x_ptr, velocity_ptr, target_ptr, delta_ptr, out_ptr, partial_ptr, per_sample, blocks, BLOCK: tl.constexpr
 ):
-    # One program per block of one sample.
     program = tl.program_id(0)
-    sample = (program // blocks).to(tl.int64)
-    # 64 bits from here on: a batch may exceed 2^31 elements.
-    within = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = within < per_sample
-    at = sample * per_sample + within
+    sample, at, inside = block_of_sample(per_sample, blocks, BLOCK)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     velocity = tl.load(velocity_ptr + at, mask=inside, other=0.0).to(tl.float32)
     target = tl.load(target_ptr + at, mask=inside, other=0.0)

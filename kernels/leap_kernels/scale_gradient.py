@@ -20,7 +20,7 @@ from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, size
 from ._dispatch import choose, current, register, resumed, unsupported
 from ._library import define, differentiable
-from ._triton import jit, tl, triton
+from ._triton import block_of_sample, jit, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
 
@@ -47,12 +47,7 @@ def scale_kernel(  # type: ignore[no-untyped-def]
     TWICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    sample = (program // blocks).to(tl.int64)
-    # 64 bits from here on: a batch may exceed 2^31 elements.
-    within = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = within < per_sample
-    at = sample * per_sample + within
+    sample, at, inside = block_of_sample(per_sample, blocks, BLOCK)
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     product = tl.load(factor_ptr + sample) * grad
     tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=inside)

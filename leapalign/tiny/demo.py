@@ -101,14 +101,10 @@ def summary(comparison: Comparison) -> dict[str, Any]:
         }
 
     detail = {name: figures(arm) for name, arm in arms.items()}
+    headline = {REWARD: REWARD, HELD_OUT_REWARD: HELD_OUT_REWARD, "accuracy": "exact"}
     means = {
-        key: {"before": detail["before"][source]["mean"], "after": detail["after"][source]["mean"]}
-        for key, source in ((REWARD, REWARD), (HELD_OUT_REWARD, HELD_OUT_REWARD), ("accuracy", "exact"))
+        key: {name: detail[name][figure]["mean"] for name in ("before", "after")} for key, figure in headline.items()
     }
-    control = {
-        REWARD: detail["control"][REWARD]["mean"],
-        HELD_OUT_REWARD: detail["control"][HELD_OUT_REWARD]["mean"],
-        "accuracy": detail["control"]["exact"]["mean"],
-    }
+    control = {key: detail["control"][figure]["mean"] for key, figure in headline.items()}
     families = {family: {name: detail[name]["exact_by_family"][family] for name in arms} for family in FAMILIES}
     return {**means, "control": control, "accuracy_by_family": families, "detail": detail}

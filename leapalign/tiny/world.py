@@ -33,7 +33,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 FAMILIES = ("single", "two", "counting", "colors", "position", "attribute")
 
-# Every prompt whose text hashes below this share is kept for evaluation: no reward and no alignment run sees it.
+# This share of each family is kept for evaluation: no alignment run sees it. The reward models know all prompts.
 HELD_OUT_SHARE = 0.25
 
 

@@ -121,7 +121,7 @@ def test_missing_native_library_is_a_reason(no_native_library) -> None:
         assert torch.equal(leap_update(X, X, 1.0, 0.5)[0], X / 2)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the file name is that of Linux and macOS")
+@pytest.mark.posix
 def test_unloadable_native_library_is_a_reason(no_native_library) -> None:
     (no_native_library / _native._FILE_NAME).write_bytes(b"not a library")
     assert "cannot be loaded" in _native.unavailable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ class Bench:
             for variant in variants[first:] + variants[:first]:
                 taken |= self._take_turn(variant)
             for latents, room in zip(self.copied, rooms, strict=True):
-                taken["copy", "copy"], _ = self.clock.seconds(lambda: room.copy_(latents))  # noqa: B023
+                taken["copy", "copy"], _ = self.clock.seconds(functools.partial(room.copy_, latents))
                 taken["clone", "clone"], _ = self.clock.seconds(latents.clone)
             for key, value in taken.items() if repeat >= _WARM_UP else ():
                 seconds.setdefault(key, []).append(value)
