@@ -1,4 +1,4 @@
-"""The command line: ``leapalign demo | train | generate | evaluate | doctor``."""
+"""The command line: ``leapalign demo | train | generate | evaluate | doctor | kernels``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from leapalign.config import Config
 
 OVERRIDES = "any config key can follow as section.key=value"
+KERNELS = "kernels"  # everything behind this word belongs to leap_kernels
 DEMO_CONFIG = Path(__file__).parent / "tiny" / "demo.yaml"
 
 
@@ -54,12 +55,19 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices, and the backend of each kernel")
     doctor.set_defaults(execute=doctor_command)
 
+    commands.add_parser(KERNELS, help="list, explain, bench, audit or export the kernels", add_help=False)
+
     for command in (demo, train, evaluate, doctor):
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == [KERNELS]:
+        from leap_kernels.tools import main as kernels_main
+
+        return kernels_main(argv[1:], program=f"leapalign {KERNELS}")
     parser = build_parser()
     # Overrides may stand anywhere between the options, which argparse's positionals do not allow.
     arguments, overrides = parser.parse_known_args(argv)

@@ -51,6 +51,15 @@ def test_evaluate_puts_the_run_beside_the_base(run: Path, tmp_path: Path, capsys
     assert set(result["reward"]) == {"base", "run"}
 
 
+def test_kernels_hands_over_to_the_kernel_tools(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", "list"]) == 0
+    assert "leap_distances" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["kernels", "explan"])
+    assert stop.value.code == 2
+    assert "leapalign kernels" in capsys.readouterr().err
+
+
 def test_doctor_names_a_backend_and_a_reason_for_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     import leap_kernels
 

@@ -10,9 +10,12 @@ from . import audit, bench, export, listing
 from .report import ToolError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command in `argv` (default: the process's arguments) and return the exit code: 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="leap_kernels", description="Kernels for flow-matching trainers: tools.")
+def main(argv: Sequence[str] | None = None, program: str = "leap_kernels") -> int:
+    """Run the command in `argv` (default: the process's arguments) and return the exit code: 2 for bad input.
+
+    `program` is how usage and error messages call it.
+    """
+    parser = argparse.ArgumentParser(prog=program, description="Kernels for flow-matching trainers: tools.")
     commands = parser.add_subparsers(dest="command", required=True)
     for tool in (listing, bench, audit, export):
         tool.add_commands(commands)
@@ -20,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.execute(arguments))
     except ToolError as error:
-        print(f"leap_kernels: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
