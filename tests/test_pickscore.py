@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel
 
 from leapalign.rewards import get_reward
-from leapalign.tiny.train_rewards import build_scorer, save_scorer
+from leapalign.tiny.train_reward import build_scorer, save_scorer
 from leapalign.validation import UserError
 
 PROMPTS = ["a red circle", "two squares", "a cross above a square"]

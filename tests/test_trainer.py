@@ -22,7 +22,7 @@ from leapalign.tiny.model import (
     build_transformer,
     save_model,
 )
-from leapalign.tiny.train_rewards import build_scorer, save_scorer
+from leapalign.tiny.train_reward import build_scorer, save_scorer
 from leapalign.trainer import Trainer
 from leapalign.validation import UserError, validated
 

@@ -23,7 +23,7 @@ from leapalign.tiny.world import FAMILIES, Prompt, all_prompts, balanced_prompts
 from leapalign.trainer import Trainer, seed_of
 
 EVALUATION_IMAGES = 432
-EVALUATION_SEED = 1_000_000
+EVALUATION_SEED = 2_000_000  # settings were chosen on other noise, seeded 1_000_000
 CONTROL_STREAM = 3
 REWARD, HELD_OUT_REWARD = "reward", "held_out_reward"
 

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from leapalign.embedded import FOLDER
+from leapalign.tiny.judged_pool import build_pool
 from leapalign.tiny.train_base import STAGES, train_base
-from leapalign.tiny.train_rewards import build_pool, train_critic, train_reward
-from leapalign.tiny.world import split_prompts
+from leapalign.tiny.train_critic import train_critic
+from leapalign.tiny.train_reward import train_reward
+from leapalign.tiny.world import training_prompts
 
 # Images generated at each stage of the base's training; most by the last, nearest to what runs start from.
 IMAGES_PER_STAGE = (1000, 1500, 2000, 4000)
@@ -40,16 +42,15 @@ class Log:
 
 def main() -> None:
     log = Log(FOLDER / "training.log")
-    training, _ = split_prompts()
-    (FOLDER / "training_prompts.txt").write_text("".join(f"{prompt.text}\n" for prompt in training))
+    (FOLDER / "training_prompts.txt").write_text("".join(f"{prompt.text}\n" for prompt in training_prompts()))
     with tempfile.TemporaryDirectory() as stages:
         train_base(FOLDER / "base", Path(stages), SEED, log)
         folders = [Path(stages) / f"step-{step}" for step in STAGES]
         work = list(zip(folders, IMAGES_PER_STAGE, strict=True))
         for name, train, seed in (("reward", train_reward, SEED + 1), ("critic", train_critic, SEED + 2)):
             pool = build_pool(work, seed)
-            share = pool.own_labels().float().mean().item()
-            log(f"{name}: {len(pool.images)} images, {share:.3f} of them satisfy their prompt")
+            share = (pool.own_edits() == 0).float().mean().item()
+            log(f"{name}: {len(pool)} images, {share:.3f} of them satisfy their prompt")
             train(pool, FOLDER / name, seed, log.prefixed(name))
 
 

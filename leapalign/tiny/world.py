@@ -102,6 +102,13 @@ def split_prompts() -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     return tuple(training), tuple(held_out)
 
 
+def training_prompts() -> list[Prompt]:
+    """The training side of `split_prompts`, small families repeated until each is as large as the largest."""
+    training, _ = split_prompts()
+    largest = max(sum(prompt.family == family for prompt in training) for family in FAMILIES)
+    return balanced_prompts(training, len(FAMILIES) * largest)
+
+
 @functools.cache
 def prompts_by_text() -> dict[str, Prompt]:
     return {prompt.text: prompt for prompt in all_prompts()}
