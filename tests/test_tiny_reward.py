@@ -13,18 +13,11 @@ from torch import Tensor
 from leapalign.config import load_config
 from leapalign.rewards import get_reward
 from leapalign.tiny import train_reward
+from leapalign.tiny.disturbance import DRIFT, Disturbance, every_token, worth
 from leapalign.tiny.grades import KINDS, satisfying_scenes
 from leapalign.tiny.judged_pool import JudgedPool, judge_pictures
-from leapalign.tiny.train_reward import (
-    DRIFT,
-    FADED,
-    Disturbance,
-    build_scorer,
-    draw_lesson,
-    every_token,
-    set_codec,
-    worth,
-)
+from leapalign.tiny.lessons import FADED, draw_lesson
+from leapalign.tiny.train_reward import build_scorer, set_codec
 from leapalign.tiny.world import (
     CELL_SIZE,
     CELLS,
