@@ -23,8 +23,7 @@ from leapalign.tiny.world import FAMILIES, Prompt, all_prompts, balanced_prompts
 from leapalign.trainer import Trainer, seed_of
 
 EVALUATION_IMAGES = 432
-EVALUATION_SEED = 2_000_000  # settings were chosen on other noise, seeded 1_000_000
-CONTROL_STREAM = 3
+CONTROL_STREAM, EVALUATION_STREAM = 3, 4
 REWARD, HELD_OUT_REWARD = "reward", "held_out_reward"
 
 
@@ -40,20 +39,22 @@ class Comparison:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out prompts, their embeddings, and the rewards to score with."""
+    """The held-out prompts, their embeddings, the rewards to score with, and the noise seed of the first image."""
 
     prompts: list[Prompt]
     embeddings: PromptEmbeddings
     rewards: dict[str, RewardFn]
+    seed: int
 
     @classmethod
     def load(cls, config: Config, reward: RewardFn) -> HeldOut:
         prompts = balanced_prompts(split_prompts()[1], EVALUATION_IMAGES)
         embeddings = encode_prompts(config.model, [prompt.text for prompt in prompts])
-        return cls(prompts, embeddings, {REWARD: reward, HELD_OUT_REWARD: Critic.load(FOLDER / "critic")})
+        rewards = {REWARD: reward, HELD_OUT_REWARD: Critic.load(FOLDER / "critic")}
+        return cls(prompts, embeddings, rewards, seed_of(config.seed, EVALUATION_STREAM, 0))
 
     def evaluate(self, model: FlowModel[Any]) -> Evaluation:
-        return evaluate(model, self.embeddings, self.prompts, EVALUATION_SEED, self.rewards)
+        return evaluate(model, self.embeddings, self.prompts, self.seed, self.rewards)
 
 
 def train_control(config: Config, seconds: float) -> FlowModel[Any]:
