@@ -50,7 +50,7 @@ class HeldOut:
     def load(cls, config: Config, reward: RewardFn) -> HeldOut:
         prompts = balanced_prompts(split_prompts()[1], EVALUATION_IMAGES)
         embeddings = encode_prompts(config.model, [prompt.text for prompt in prompts])
-        rewards = {REWARD: reward, HELD_OUT_REWARD: Critic.load(FOLDER / "critic")}
+        rewards: dict[str, RewardFn] = {REWARD: reward, HELD_OUT_REWARD: Critic.load(FOLDER / "critic")}
         return cls(prompts, embeddings, rewards, seed_of(config.seed, EVALUATION_STREAM, 0))
 
     def evaluate(self, model: FlowModel[Any]) -> Evaluation:
