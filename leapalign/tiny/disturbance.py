@@ -61,7 +61,9 @@ class Disturbance:
         images = torch.cat([before, self.tint(clean[FADED : 2 * FADED]), self.tint(clean[2 * FADED :])])
         grain = NOISE * self._rand(FADED + WHOLE, 1, 1, 1) * self._randn(FADED + WHOLE, *clean.shape[1:])
         images = images + torch.cat([grain[:FADED], grain])
-        self._current = int(torch.randint(8, (1,), generator=self._generator)) if self._rand(1) < 0.6 else None
+        self._current = (
+            int(torch.randint(len(self._shared), (1,), generator=self._generator)) if self._rand(1) < 0.6 else None
+        )
         if self._current is not None:
             images = images + self.strength * self._rand(1) * self._shared[self._current]
         return images.clamp(0, 1)

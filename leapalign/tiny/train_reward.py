@@ -134,7 +134,8 @@ def lesson_loss(
 
     embedded = scorer.embed_images(torch.cat([images, x + alone, x + together]))
     logits = logits_of(scorer, bias, embedded[: len(images), None], prompts[None])
-    grades = lesson.grades * worth(images, lesson.clean)[:, None]
+    left = worth(images, lesson.clean)
+    grades = lesson.grades * left[:, None]
     fit = preference_loss(logits, grades[:, chosen], own)
 
     p = logits.sigmoid()
@@ -144,11 +145,11 @@ def lesson_loss(
     slopes = (error * weight).sum() / weight.sum() + error.gather(1, own[:FADED, None]).mean()
 
     here = p[start].gather(1, columns[:, None])[:, 0]
-    worth_here, own_grade = worth(x, clean), lesson.grades[start].gather(1, lesson.own[start][:, None])[:, 0]
+    own_grade = lesson.grades[start].gather(1, lesson.own[start][:, None])[:, 0]
 
     def excess(moved: Tensor, step: Tensor) -> Tensor:
         """How much more the score rises along ``step`` than the grade does."""
-        return probabilities(moved, columns) - here - own_grade * (worth(x + step, clean) - worth_here)
+        return probabilities(moved, columns) - here - own_grade * (worth(x + step, clean) - left[start])
 
     moved_alone, moved_together = embedded[len(images) :].chunk(2)
     flat = (excess(moved_alone, alone) / length(alone).flatten()).square().mean()
