@@ -1,7 +1,8 @@
 """`bench`: every op against plain PyTorch and torch.compile, forward and backward, on the device that is there.
 
 The variants of a case take turns within each repeat, beginning with another one each time, so that a machine that
-slows down slows all of them alike; speeds are compared within a repeat, and the median of those ratios is given.
+slows down slows all of them alike. A turn is a few calls in a row, of which the median counts; speeds are compared
+within a repeat, and the median of those ratios is given. Memory that a call frees stays with the process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from .._dispatch import BackendUnavailable
 from .bench_cases import CASES, DTYPE, QUICK_SIZES, SIZES, Case
+from .bench_measures import keep_freed_memory
 from .bench_runs import COPIES, Bench, Key, Seconds, Variant
 from .report import ToolError, provenance, text_table
 
@@ -43,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None and arguments.threads < 1:
         raise ToolError(f"--threads needs a number of at least 1, not {arguments.threads}.")
     torch.set_num_threads(arguments.threads or before)
+    keep_freed_memory()
     try:
         for case in CASES:
             if arguments.op and case.op not in arguments.op:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -13,7 +15,22 @@ from torch import Tensor
 T = TypeVar("T")
 # More than any GPU's cache; writing it also keeps the GPU busy while the measured call is being launched.
 _FLUSH_BYTES = 512 << 20
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _CALL = "leap_kernels: measured call"
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse what is freed instead of handing it back to the system, as allocators for GPUs do.
+
+    Fresh pages cost more than most of the calls measured here, and whether a call gets some is chance. Other C
+    libraries are left as they are.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 class Clock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ FORWARD, BACKWARD = "forward", "backward"
 COPIES = ("copy", "clone")
 """A plain copy of latents into memory that is there, and into fresh memory, as ops write their outputs to."""
 _WARM_UP = 2
+_TURN_SECONDS, _TURN_CALLS = 0.02, 20
 
 Key = tuple[str, str]
 """A variant and a pass."""
@@ -63,22 +65,23 @@ class Bench:
             return self._gradients(self.inputs, outputs, self.gradient)
 
     def take_turns(self, variants: list[Variant], repeats: int) -> Seconds:
-        """Time every variant and pass once a repeat, and then plain copies of latents."""
+        """Give every variant one turn a repeat, and then plain copies of latents; keep the median call of each turn."""
         seconds: Seconds = {}
-        rooms = [torch.empty_like(latents) for latents in self.copied]
+        copies = [functools.partial(self._call_copies, it, torch.empty_like(it)) for it in self.copied]
         for repeat in range(_WARM_UP + repeats):
             first = repeat % len(variants)
-            taken: dict[Key, float] = {}
-            for variant in variants[first:] + variants[:first]:
-                taken |= self._take_turn(variant)
-            for latents, room in zip(self.copied, rooms, strict=True):
-                taken["copy", "copy"], _ = self.clock.seconds(functools.partial(room.copy_, latents))
-                taken["clone", "clone"], _ = self.clock.seconds(latents.clone)
-            for key, value in taken.items() if repeat >= _WARM_UP else ():
-                seconds.setdefault(key, []).append(value)
+            calls = [functools.partial(self._call, variant) for variant in variants[first:] + variants[:first]]
+            for call in [*calls, *copies]:
+                for key, value in _take_turn(call).items() if repeat >= _WARM_UP else ():
+                    seconds.setdefault(key, []).append(value)
         return seconds
 
-    def _take_turn(self, variant: Variant) -> dict[Key, float]:
+    def _call_copies(self, latents: Tensor, room: Tensor) -> dict[Key, float]:
+        copied, _ = self.clock.seconds(functools.partial(room.copy_, latents))
+        cloned, _ = self.clock.seconds(latents.clone)
+        return {("copy", "copy"): copied, ("clone", "clone"): cloned}
+
+    def _call(self, variant: Variant) -> dict[Key, float]:
         taken: dict[Key, float] = {}
         taken[variant.name, FORWARD], outputs = self.clock.seconds(lambda: self.forward(variant))
         if self.gradient is not None:
@@ -117,3 +120,15 @@ class Bench:
         like = self.case.plain(self.inputs)[0]
         generator = torch.Generator().manual_seed(0)
         return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _take_turn(call: Callable[[], dict[Key, float]]) -> dict[Key, float]:
+    """Repeat a call for a while: the first ones find the caches full of what the last variant left there."""
+    turn: dict[Key, list[float]] = {}
+    spent, calls = 0.0, 0
+    while calls == 0 or (spent < _TURN_SECONDS and calls < _TURN_CALLS):
+        taken = call()
+        for key, seconds in taken.items():
+            turn.setdefault(key, []).append(seconds)
+        spent, calls = spent + sum(taken.values()), calls + 1
+    return {key: statistics.median(times) for key, times in turn.items()}
