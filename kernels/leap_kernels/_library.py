@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # A copy of this package under another name has ops of its own.
 _NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
@@ -35,22 +37,70 @@ def define(
         setup_context: saves what `backward` needs, as in `torch.autograd.Function`; None without a backward pass.
         backward: returns the gradients, likewise.
     """
+    op = _defined(signature, run, fake)
+
+    def compute(*arguments: Any) -> Any:
+        return (op if _observed(arguments) else run)(*arguments)
+
+    with_gradients = compute
+    if backward is not None and setup_context is not None:
+        name = qualified(signature.partition("(")[0])
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+        with_gradients = differentiable(compute, setup_context, backward)
+
+    def call(*arguments: Any) -> Any:
+        # Compiled code takes the op as it is.
+        if torch.compiler.is_compiling():
+            return op(*arguments)
+        return (with_gradients if torch.is_grad_enabled() else compute)(*arguments)
+
+    return call
+
+
+def define_in_place(signature: str, run: Callable[..., None]) -> Callable[..., None]:
+    """Define an op that writes into its first argument and returns nothing, and return a function that calls it."""
+    op = _defined(signature, run, lambda *_: None)
+
+    def call(*arguments: Any) -> None:
+        if torch.compiler.is_compiling() or _observed(arguments):
+            op(*arguments)
+            return
+        run(*arguments)
+        # So that autograd notices, as it does after any op in place, if it had saved the tensor.
+        torch.autograd.graph.increment_version(arguments[0])
+
+    return call
+
+
+def _defined(signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     name = signature.partition("(")[0]
     _LIBRARY.define(signature)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified(name), fake, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    if backward is None or setup_context is None:
-        return op
-    torch.library.register_autograd(qualified(name), backward, setup_context=setup_context, lib=_LIBRARY)
-    with_gradients = differentiable(op, setup_context, backward)
+    return op
 
-    def call(*arguments: Any) -> Any:
-        # Compiled code takes the op as it is.
-        as_it_is = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        return (op if as_it_is else with_gradients)(*arguments)
 
-    return call
+def _observed(arguments: tuple[Any, ...]) -> bool:
+    """Say whether PyTorch's dispatcher has to see the op: for a dispatch mode, a profiler or a tensor of another kind.
+
+    Otherwise computing at once saves the way through it, which takes as long as a kernel on a small image.
+    """
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled():
+        return True
+    plain = _plain_keys(arguments[0].device.type)
+    for argument in arguments:
+        if isinstance(argument, Tensor) and torch._C._dispatch_keys(argument).raw_repr() != plain:
+            return True
+    return False
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> int:
+    """Return the dispatch keys of a tensor that is just memory: no wrapper, no lazy view, no subclass."""
+    with torch.inference_mode(False):
+        keys: int = torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr()
+    return keys
 
 
 def differentiable(

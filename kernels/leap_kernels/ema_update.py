@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _native
 from ._arguments import FLOATS, check_writable, compute_dtype
 from ._dispatch import choose, register, unsupported
-from ._library import qualified
+from ._library import define_in_place
 from ._triton import jit_for_any, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -63,12 +63,7 @@ _OP = register("ema_update_", unsupported)
 _UPDATE = {"triton": triton_update, "native": native_update, "reference": reference}
 
 
-@torch.library.custom_op(
-    qualified("ema_update_"),
-    mutates_args=("average",),
-    schema="(Tensor(a!) average, Tensor weights, float decay) -> ()",
-)
-def _update(average: Tensor, weights: Tensor, decay: float) -> None:
+def _run(average: Tensor, weights: Tensor, decay: float) -> None:
     if average.numel() == 0:
         return
     whole = average.contiguous()
@@ -77,9 +72,7 @@ def _update(average: Tensor, weights: Tensor, decay: float) -> None:
         average.copy_(whole)
 
 
-@_update.register_fake
-def _(average: Tensor, weights: Tensor, decay: float) -> None:
-    return None
+_update = define_in_place("ema_update_(Tensor(a!) average, Tensor weights, float decay) -> ()", _run)
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@
 is the upper half of a float32: adding 16 random bits to the lower half and cutting it off does this, because
 the carry out of the lower half happens with just that probability.
 
-The bits come from Philox4x32-10 (Salmon et al., 2011) with the seed as key. A counter draws four words of 32 bits,
-the random bits of eight neighbours: element i has position p = offset + i, counter p // 8 (the 64-bit number in the
-first two words of the counter, low word first; the others are 0), and the half of word (p % 8) // 2 that p % 2
-says: 0 the low one, 1 the high one. So the bits depend on seed and position alone: not on the backend, the device,
-or how a tensor is cut up.
+The bits come from Philox4x32-7 (Salmon et al., 2011: 7 rounds are the fewest that pass BigCrush) with the seed as
+key. A counter draws four words of 32 bits, the random bits of eight neighbours: element i has position p = offset + i,
+counter p // 8 (the 64-bit number in the first two words of the counter, low word first; the others are 0), and the
+half of word (p % 8) // 2 that p % 2 says: 0 the low one, 1 the high one. So the bits depend on seed and position
+alone: not on the backend, the device, or how a tensor is cut up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from . import _native
 from ._arguments import check_writable
 from ._dispatch import choose, register, unsupported
-from ._library import qualified
+from ._library import define_in_place
 from ._triton import jit_for_any, tl, triton
 
 _PER_COUNTER = 8
@@ -31,13 +31,13 @@ _PER_COUNTER = 8
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
 # The generator needs some ten int64 temporaries; pieces keep them in cache and off the memory peak.
 _PIECE = 1 << 18
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Return the four words of Philox4x32-10; a word is an int64 tensor with values in [0, 2^32)."""
+    """Return the four words of Philox4x32-7; a word is an int64 tensor with values in [0, 2^32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -96,7 +96,7 @@ def round_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0).to(tl.int64)
     counters = first + program * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     zero = tl.zeros([BLOCK // 8], dtype=tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, counters.to(tl.uint32), (counters >> 32).to(tl.uint32), zero, zero)
+    w0, w1, w2, w3 = tl.philox(seed, counters.to(tl.uint32), (counters >> 32).to(tl.uint32), zero, zero, 7)
     # (counter, word // 2, word % 2, half): row-major, this is the order of positions.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     random = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK])
@@ -131,12 +131,7 @@ _OP = register("stochastic_round_", unsupported)
 _ROUND = {"triton": triton_round, "native": native_round, "reference": reference}
 
 
-@torch.library.custom_op(
-    qualified("stochastic_round_"),
-    mutates_args=("dst",),
-    schema="(Tensor(a!) dst, Tensor src, SymInt seed, SymInt offset) -> ()",
-)
-def _round(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
+def _run(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
     if src.numel() == 0:
         return
     whole = dst if dst.is_contiguous() else torch.empty_like(dst, memory_format=torch.contiguous_format)
@@ -146,9 +141,7 @@ def _round(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
         dst.copy_(whole)
 
 
-@_round.register_fake
-def _(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
-    return None
+_round = define_in_place("stochastic_round_(Tensor(a!) dst, Tensor src, SymInt seed, SymInt offset) -> ()", _run)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ LEAP_API int32_t leap_weighted_loss(const float* reward, const float* distances,
                                     float* loss, float* weight, int64_t count, int64_t batch, int32_t threads);
 
 // Rounds float to bfloat16: 16 random bits are added to the half that is cut off. Element i takes number
-// (offset + i) % 8 of the eight 16-bit numbers that Philox4x32-10 draws at counter (offset + i) / 8.
+// (offset + i) % 8 of the eight 16-bit numbers that Philox4x32-7 draws at counter (offset + i) / 8.
 LEAP_API int32_t leap_stochastic_round(const float* from, void* to, uint64_t seed, int64_t offset, int64_t count,
                                        int32_t threads);
 

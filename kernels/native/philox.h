@@ -1,4 +1,4 @@
-// Philox4x32-10, the counter-based generator of Salmon et al., 2011. Compiled once per instruction set, as lanes.h.
+// Philox4x32-7, the counter-based generator of Salmon et al., 2011. Compiled once per instruction set, as lanes.h.
 #pragma once
 
 #include "lanes.h"
@@ -64,7 +64,7 @@ inline void draw(uint64_t seed, uint64_t counter, int64_t count, uint16_t* numbe
       c2[u] = c3[u] = Longs{};
     }
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < 7; ++round) {
       for (int64_t u = 0; u < UNROLL; ++u) {
         const Longs product0 = multiply(c0[u], 0xD2511F53u), product1 = multiply(c2[u], 0xCD9E8D57u);
         c0[u] = (product1 >> 32) ^ c1[u] ^ static_cast<uint64_t>(key0);

@@ -166,3 +166,9 @@ def test_ops_in_place_count_as_changes() -> None:
         leap_kernels.ema_update_(average, weights, 0.5)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.sum().backward()
+
+
+def test_profiler_sees_the_op() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        euler_step(X, X, 1.0, 0.5)
+    assert "leap_kernels::euler_step" in {event.key for event in profile.key_averages()}

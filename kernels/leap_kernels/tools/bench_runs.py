@@ -72,7 +72,8 @@ class Bench:
             first = repeat % len(variants)
             calls = [functools.partial(self._call, variant) for variant in variants[first:] + variants[:first]]
             for call in [*calls, *copies]:
-                for key, value in _take_turn(call).items() if repeat >= _WARM_UP else ():
+                taken = _take_turn(call)
+                for key, value in taken.items() if repeat >= _WARM_UP else ():
                     seconds.setdefault(key, []).append(value)
         return seconds
 
