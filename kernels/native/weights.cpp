@@ -17,21 +17,26 @@ inline Halves round_off(Floats value, Halves random) {
   return __builtin_convertvector((value == value ? kept : word | 0x400000u) >> 16, Halves);
 }
 
+// Drawn by the piece, so that reading memory and the arithmetic of the draws overlap.
+constexpr int64_t PIECE = 1024;
+
 void round_block(const StochasticRound& call, const Size& size, const Block& block) {
-  const uint64_t first = static_cast<uint64_t>(call.offset + block.begin);
-  const int64_t skip = static_cast<int64_t>(first % NUMBERS);
-  const int64_t counters = (skip + block.count + NUMBERS - 1) / NUMBERS;
-  uint16_t numbers[BLOCK + (UNROLL * WIDTH + 1) * NUMBERS];
-  draw(call.seed, first / NUMBERS, counters, numbers);
-  const uint16_t* random = numbers + skip;
-  const float* from = call.from + block.begin;
-  uint16_t* to = call.to + block.begin;
-  sweep(block.count, streamed<Brain>(to, size), [=](int64_t i, auto extent) {
-    const Step value = load<Float32>(from + i, extent);
-    Brain::Raw half = read<Brain>(random + i, extent);
-    for (int64_t p = 0; p < PARTS; ++p) half.part[p] = round_off(value.part[p], half.part[p]);
-    extent.write(to + i, half);
-  });
+  uint16_t numbers[PIECE + (UNROLL * WIDTH + 1) * NUMBERS];
+  for (int64_t begin = block.begin; begin < block.begin + block.count; begin += PIECE) {
+    const int64_t count = smaller(PIECE, block.begin + block.count - begin);
+    const uint64_t first = static_cast<uint64_t>(call.offset + begin);
+    const int64_t skip = static_cast<int64_t>(first % NUMBERS);
+    draw(call.seed, first / NUMBERS, (skip + count + NUMBERS - 1) / NUMBERS, numbers);
+    const uint16_t* random = numbers + skip;
+    const float* from = call.from + begin;
+    uint16_t* to = call.to + begin;
+    sweep(count, streamed<Brain>(to, size), [=](int64_t i, auto extent) {
+      const Step value = load<Float32>(from + i, extent);
+      Brain::Raw half = read<Brain>(random + i, extent);
+      for (int64_t p = 0; p < PARTS; ++p) half.part[p] = round_off(value.part[p], half.part[p]);
+      extent.write(to + i, half);
+    });
+  }
 }
 
 template <class A, class W>

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .._dispatch import use_backend
-from .bench_cases import DTYPE, Case, Inputs, Outputs
+from .bench_cases import Case, Inputs, Outputs
 from .bench_measures import Clock, peak_bytes, relative_error
 
 FORWARD, BACKWARD = "forward", "backward"
 COPIES = ("copy", "clone")
-"""A plain copy of latents into memory that is there, and into fresh memory, as ops write their outputs to."""
+"""A plain copy of the largest latents into memory that is there, and into new memory, as ops write outputs to."""
 _WARM_UP = 2
 _TURN_SECONDS, _TURN_CALLS = 0.02, 20
 
@@ -49,7 +49,8 @@ class Bench:
         self.clock = Clock(device)
         self.inputs = case.inputs(shape, device)
         self.gradient = self._first_gradient() if case.differentiable else None
-        self.copied = [self.inputs[name].detach() for name, to in case.latents.items() if to == DTYPE][:1]
+        latents = sorted((self.inputs[name].detach() for name in case.latents), key=lambda tensor: tensor.nbytes)
+        self.copied = latents[-1:]
         elements = case.elements(shape)
         self.least_bytes = {FORWARD: case.forward_bytes * elements, BACKWARD: (case.backward_bytes or 0) * elements}
         self.least_bytes |= {copy: 2 * latents.nbytes for latents in self.copied for copy in COPIES}
