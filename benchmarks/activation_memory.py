@@ -21,7 +21,8 @@ from torch import Tensor
 from leapalign.config import ModelConfig
 from leapalign.memory.ledger import StorageLedger
 from leapalign.methods import get_method
-from leapalign.models import PromptedVelocity, encode_prompts, load_model
+from leapalign.models import encode_prompts, load_model
+from leapalign.models.velocity import PromptedVelocity
 from leapalign.reward_gradient import reward_gradient, to_unit_range
 from leapalign.rewards import get_reward
 from leapalign.rollout import Rollout, per_sample, sample_rollout

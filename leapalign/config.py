@@ -25,6 +25,11 @@ class ModelConfig:
     """Folder in diffusers layout, hub id, or ``embedded:base`` for the tiny model."""
     guidance: NonNegativeFloat = 3.5
     """Guidance scale, for models distilled to take it as an input."""
+    true_cfg_scale: NonNegativeFloat = 1.0
+    """Classifier-free guidance, ``v_negative + scale (v_prompt - v_negative)``; 1: off, one velocity a step."""
+    negative_prompt: str = ""
+    true_cfg_batched: bool = True
+    """Both velocities in one forward; false: one after the other, which halves the activations."""
     height: PositiveInt = 32
     width: PositiveInt = 32
     """Image size in pixels."""
@@ -69,8 +74,17 @@ class TrainConfig:
     """Images per optimizer step."""
     microbatch: PositiveInt | None = None
     """Most samples in one forward with gradient; default: a whole rollout."""
+    leaps_per_rollout: PositiveInt = 1
+    """Draws of the method on each rollout, which share its reward gradient; their mean is the gradient."""
     reward_chunk: PositiveInt | None = None
     """Most images decoded and rewarded at once with gradient; default: a whole rollout."""
+
+
+@dataclass(frozen=True)
+class DiagnosticsConfig:
+    true_gradient_every: NonNegativeInt = 0
+    """Iterations between comparisons with exact backpropagation through the whole sampler (as slow as T steps, and
+    two more copies of the gradient); 0: never."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
 

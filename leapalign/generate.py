@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leapalign.models import FlowModel, PromptedVelocity
+from leapalign.models.protocol import FlowModel
+from leapalign.models.velocity import prompted_velocity
 from leapalign.rollout import sample_rollout
 
 
@@ -26,6 +27,6 @@ def generate(
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
         noise = model.draw_noise(seeds[part])
-        rollout = sample_rollout(PromptedVelocity(model, embeddings[part]), noise, sigmas)
+        rollout = sample_rollout(prompted_velocity(model, embeddings[part]), noise, sigmas)
         images.append(model.decode(rollout.latents[-1]).clamp(0, 1))
     return torch.cat(images)

@@ -49,12 +49,24 @@ class Rollout:
     def batch_size(self) -> int:
         return self.latents.shape[1]
 
+    def latents_at(self, index: Tensor) -> Tensor:
+        """Latents ``(N, ...)`` at the steps ``index (N,)``; entry n belongs to sample ``n % B``."""
+        return self.latents[index, self._samples(index)]
+
+    def velocities_at(self, index: Tensor) -> Tensor:
+        """Velocities ``(N, ...)`` at the steps ``index (N,)``; entry n belongs to sample ``n % B``."""
+        return self.velocities[index, self._samples(index)]
+
     def posterior_mean(self, index: int | Tensor) -> Tensor:
-        """One leap to the image, ``x_t - sigma_t v_t``: ``(B, ...)``. ``index``: a step, or one a sample ``(B,)``."""
-        steps = torch.as_tensor(index, device=self.latents.device).expand(self.batch_size)
-        samples = torch.arange(self.batch_size, device=self.latents.device)
-        sigma = per_sample(self.sigmas.to(self.latents.device)[steps], self.latents[0])
-        return self.latents[steps, samples] - sigma * self.velocities[steps, samples]
+        """One leap to the image, ``x_t - sigma_t v_t``: ``(N, ...)``. ``index``: a step for all B samples, or ``(N,)``
+        steps, entry n for sample ``n % B``."""
+        steps = torch.as_tensor(index)
+        steps = steps.expand(self.batch_size) if steps.dim() == 0 else steps
+        sigma = per_sample(self.sigmas.cpu()[steps].to(self.latents.device), self.latents[0])
+        return self.latents_at(steps) - sigma * self.velocities_at(steps)
+
+    def _samples(self, index: Tensor) -> Tensor:
+        return torch.arange(len(index)) % self.batch_size
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:

@@ -7,16 +7,19 @@ Connectors pin every forward value of the surrogate to the rollout, so its graph
     q_r = J_x(v_r)^T u_r            (parameter gradients come out of the same backward)
     lam = lam + discount_r * q_r
 
-which gives exactly the gradients of the in-line graph (LeapAlign, arXiv 2604.15311, eq. 4-10).
+which gives exactly the gradients of the in-line graph (LeapAlign, arXiv 2604.15311, eq. 4-10). Where
+``velocity = sum_i weight_i branch_i`` (classifier-free guidance), so is its vector-Jacobian product, and one branch's
+graph is alive at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from leap_kernels import combine_gradient_terms
 from torch import Tensor
 
 from leapalign.rollout import Rollout, VelocityFn
@@ -31,8 +34,17 @@ class ConditionedVelocity(Protocol):
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor: ...
 
-    def select(self, samples: Tensor) -> VelocityFn:
+    def select(self, samples: Tensor) -> ConditionedVelocity:
         """The same function for the given batch positions ``(N,)`` int64, repeats allowed."""
+        ...
+
+
+@runtime_checkable
+class BranchedVelocity(ConditionedVelocity, Protocol):
+    """A weighted sum of velocities that are differentiated one after the other."""
+
+    def branches(self) -> Sequence[tuple[float, VelocityFn]]:
+        """Pairs of weight and velocity; their weighted sum is the velocity."""
         ...
 
 
@@ -40,18 +52,22 @@ class ConditionedVelocity(Protocol):
 class SurrogatePlan:
     """Which velocities carry gradient, and how much.
 
-    index: ``(K, B)`` int64, the sampling step of each row and sample; rows strictly ascending (noise to image).
-    coefficient: ``(K, B)`` float32, the derivative of the surrogate's end point with respect to the row's velocity.
+    index: ``(K, N)`` int64, the sampling step of each row and column; rows strictly ascending (noise to image). N is
+        the rollout's batch B, or M B for M draws on one rollout: column n belongs to sample ``n % B``.
+    coefficient: ``(K, N)`` float32, the derivative of the surrogate's end point with respect to the row's velocity.
+        A column with coefficient 0 has no part in the row, and its index there may be any.
     discount: ``(K,)`` float32, the share of gradient that passes through the row's input to the rows before it.
+    max_ratio: discounts shrink, column by column, until ``|q_r| <= max_ratio |lam|``; None: they stay.
 
     Methods make both float64 from float64 sigmas: 0.3 in float32 alone is an error of 4e-8.
 
-    Raises ValueError for wrong shapes, unordered or negative indices and non-finite numbers.
+    Raises ValueError for wrong shapes, unordered or negative indices, non-finite numbers and a negative ratio.
     """
 
     index: Tensor
     coefficient: Tensor
     discount: Tensor
+    max_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.index.dim() != 2 or 0 in self.index.shape:
@@ -69,7 +85,12 @@ class SurrogatePlan:
             raise ValueError("plan coefficients and discounts must be finite")
         if bool((self.index < 0).any()):
             raise ValueError("plan indices must not be negative")
-        if bool((self.index.diff(dim=0) <= 0).any()):
+        if self.max_ratio is not None and not 0 <= self.max_ratio < float("inf"):
+            raise ValueError(f"plan max_ratio must be a number of at least 0, got {self.max_ratio}")
+        # The highest active step so far, and what each active step has to exceed.
+        active = self.coefficient != 0
+        highest = self.index.where(active, -1).cummax(dim=0).values
+        if bool((active[1:] & (self.index[1:] <= highest[:-1])).any()):
             raise ValueError("plan rows must be in sampling order: each index above that of the row before")
 
 
@@ -81,69 +102,91 @@ def surrogate_backward(
     *,
     microbatch: int | None = None,
     gradient_sink: GradientSink | None = None,
+    applied_discount: Tensor | None = None,
 ) -> Tensor:
     """Accumulates the surrogate's parameter gradients into ``.grad``, one velocity graph at a time.
 
     Args:
-        plan: rows, for the rollout's batch of B samples.
+        plan: rows of N columns, N a multiple of the rollout's batch B.
         rollout: the trajectory whose latents the velocities are evaluated at; weights unchanged since.
-        velocity_fn: ``(latents (N, ...), sigma (N,)) -> velocity (N, ...)``. A plain function is called with one
+        velocity_fn: ``(latents (n, ...), sigma (n,)) -> velocity (n, ...)``. A plain function is called with one
             row at a time, all B samples in order (fewer if ``microbatch`` is smaller). A `ConditionedVelocity`
-            is asked for the samples of each part, and rows that share a cotangent may run as one batch.
-        x0_gradient: ``dL/dx_T``, ``(B, ...)``, the shape of one latent of the rollout.
+            is asked for the samples of each part, and rows and draws that share a cotangent may run as one batch.
+        x0_gradient: ``dL/dx_T``, ``(N, ...)``, the shape of one latent of the rollout.
         microbatch: most samples in one forward; None: B.
         gradient_sink: takes over parameter gradients as they complete; ``.grad`` is left None.
+        applied_discount: ``(K, N)``, filled with the discount that each row's input really got: below the plan's
+            where ``max_ratio`` shrank it, 0 where nothing came back to discount.
 
     Returns:
-        ``(K, B)`` float32 norms of the gradient terms, ``|u_r|``.
+        ``(K, N)`` float32 norms of the gradient terms, ``|u_r|``.
 
     Raises ValueError, before any forward, for a plan or gradient that does not fit the rollout.
     """
-    _check(plan, rollout, x0_gradient, microbatch)
+    _check(plan, rollout, x0_gradient, microbatch, applied_discount)
     batch = rollout.batch_size
     conditioned = velocity_fn if isinstance(velocity_fn, ConditionedVelocity) else None
-    size = microbatch or batch
     lam = x0_gradient.to(torch.promote_types(x0_gradient.dtype, torch.float32))
     norms = torch.zeros(plan.index.shape, dtype=torch.float32)
+    if applied_discount is not None:
+        applied_discount.zero_()
     for group in _row_groups(plan.discount.tolist(), whole=conditioned is None):
         coefficient = plan.coefficient[group].to(lam)
         cotangent = coefficient.view(*coefficient.shape, *[1] * (lam.dim() - 1)) * lam
         norms[group] = cotangent.flatten(2).norm(dim=2).float().cpu()
-        cotangent = cotangent.flatten(0, 1)
         discount = float(plan.discount[group[0]]) if group[0] > 0 else 0.0
-        nested = []
-        for part in torch.arange(len(cotangent)).split(size):
-            samples, steps = part % batch, plan.index[group].flatten()[part]
+        # Entries (row, column), row by row. A plain function wants all of them.
+        active = plan.coefficient[group] != 0 if conditioned else torch.ones(len(group), plan.index.shape[1])
+        entries = zip(*(part.split(microbatch or batch) for part in active.nonzero(as_tuple=True)), strict=True)
+        nested = torch.zeros_like(lam) if discount else None
+        for rows, columns in entries:
+            steps, samples = plan.index[group][rows, columns], columns % batch
             q = _velocity_vjp(
                 conditioned.select(samples) if conditioned else velocity_fn,
                 rollout.latents[steps, samples],
                 rollout.sigmas[steps].to(lam.device),
-                cotangent[part],
-                needs_input=discount != 0 and int(part[0]) < batch,
+                cotangent[rows, columns],
+                needs_input=nested is not None and int(rows[0]) == 0,
                 gradient_sink=gradient_sink,
             )
-            if q is not None:
-                nested.append(q.to(lam.dtype))
-        if nested:
-            # Only the group's first row passes gradient on; what a part computed beyond it is dropped.
-            lam = lam + discount * torch.cat(nested)[:batch]
+            if q is not None and nested is not None:
+                # Only the group's first row passes gradient on; what was computed beside it is dropped.
+                first = rows == 0
+                nested[columns[first]] = q[first].to(lam.dtype)
+        if nested is not None:
+            lam, direct_norm, nested_norm = combine_gradient_terms(lam, nested, 1.0, discount, plan.max_ratio)
+            if applied_discount is not None:
+                shrunk = 1.0 if plan.max_ratio is None else (plan.max_ratio * direct_norm / nested_norm).clamp(max=1)
+                applied_discount[group[0]] = (discount * shrunk * (nested_norm > 0)).nan_to_num(0.0)
     return norms
 
 
-def _check(plan: SurrogatePlan, rollout: Rollout, x0_gradient: Tensor, microbatch: int | None) -> None:
-    if plan.index.shape[1] != rollout.batch_size:
-        raise ValueError(f"the plan is for {plan.index.shape[1]} samples, the rollout has {rollout.batch_size}")
+def _check(
+    plan: SurrogatePlan,
+    rollout: Rollout,
+    x0_gradient: Tensor,
+    microbatch: int | None,
+    applied_discount: Tensor | None,
+) -> None:
+    columns = plan.index.shape[1]
+    if columns % rollout.batch_size:
+        raise ValueError(f"the plan is for {columns} samples, the rollout has {rollout.batch_size}")
     if int(plan.index.max()) >= rollout.num_steps:
         raise ValueError(
             f"plan index {int(plan.index.max())} is out of range for a rollout of {rollout.num_steps} steps"
         )
-    if x0_gradient.shape != rollout.latents.shape[1:]:
+    if x0_gradient.shape != (columns, *rollout.latents.shape[2:]):
         raise ValueError(
-            f"x0_gradient must have the shape of one latent, {tuple(rollout.latents.shape[1:])}, "
+            f"x0_gradient must have the shape of {columns} latents, {(columns, *rollout.latents.shape[2:])}, "
             f"got {tuple(x0_gradient.shape)}"
         )
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch must be at least 1, got {microbatch}")
+    if applied_discount is not None and applied_discount.shape != plan.index.shape:
+        raise ValueError(
+            f"applied_discount must have the shape of the plan's index, {tuple(plan.index.shape)}, "
+            f"got {tuple(applied_discount.shape)}"
+        )
 
 
 def _row_groups(discount: list[float], whole: bool) -> Iterator[list[int]]:
@@ -167,23 +210,21 @@ def _velocity_vjp(
     needs_input: bool,
     gradient_sink: GradientSink | None,
 ) -> Tensor | None:
-    """Backward through ``velocity_fn``; returns ``J_x^T cotangent`` where ``needs_input``."""
-    with torch.enable_grad():
-        latents = latents.detach().requires_grad_(needs_input)
-        velocity = velocity_fn(latents, sigma)
-    if gradient_sink is None:
-        torch.autograd.backward(velocity, cotangent.to(velocity.dtype))
-        return latents.grad
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(_hand_over(gradient_sink))
-        for parameter in _leaves(velocity)
-        if parameter is not latents
-    ]
-    try:
-        torch.autograd.backward(velocity, cotangent.to(velocity.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    """Backward through ``velocity_fn``, branch by branch; returns ``J_x^T cotangent`` where ``needs_input``."""
+    latents = latents.detach().requires_grad_(needs_input)
+    branches = velocity_fn.branches() if isinstance(velocity_fn, BranchedVelocity) else [(1.0, velocity_fn)]
+    for weight, branch in branches:
+        with torch.enable_grad():
+            velocity = branch(latents, sigma)
+        hooks = []
+        if gradient_sink is not None:
+            parameters = [leaf for leaf in _leaves(velocity) if leaf is not latents]
+            hooks = [p.register_post_accumulate_grad_hook(_hand_over(gradient_sink)) for p in parameters]
+        try:
+            torch.autograd.backward(velocity, (weight * cotangent).to(velocity.dtype))
+        finally:
+            for hook in hooks:
+                hook.remove()
     return latents.grad
 
 

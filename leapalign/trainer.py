@@ -16,13 +16,17 @@ from leapalign.checkpoint import load_checkpoint, save_checkpoint
 from leapalign.config import Config
 from leapalign.embedded import resolve
 from leapalign.methods import Method, get_method
-from leapalign.models import FlowModel, PromptedVelocity, encode_prompts, load_model
+from leapalign.models import encode_prompts, load_model
+from leapalign.models.protocol import FlowModel
+from leapalign.models.velocity import prompted_velocity
 from leapalign.optim import Optimizer
 from leapalign.prompts import PromptOrder, read_prompts
 from leapalign.reward_gradient import RewardFn, reward_gradient
 from leapalign.rewards import get_reward
-from leapalign.rollout import per_sample, sample_rollout
-from leapalign.surrogate import surrogate_backward
+from leapalign.rollout import Rollout, per_sample, sample_rollout
+from leapalign.surrogate import ConditionedVelocity, surrogate_backward
+from leapalign.true_gradient import agreement
+from leapalign.validation import UserError
 
 NOISE_STREAM, INDEX_STREAM = 1, 2
 
@@ -59,6 +63,11 @@ class Trainer:
         prompts = read_prompts(Path(resolve(config.prompts.path)))
         reward = get_reward(**config.reward)
         model = load_model(config.model)
+        steps = config.rollout.num_steps
+        try:
+            method.plan(model.sigmas(steps), **method.draw(steps, 1, torch.Generator()))
+        except ValueError as error:
+            raise UserError(f"method: {error}; change it or rollout.num_steps") from None
         parameters = [p for p in model.transformer.parameters() if p.requires_grad]
         return cls(
             config=config,
@@ -95,7 +104,8 @@ class Trainer:
             self._accumulate(range(start, start + size), share=size / total)
             for start in range(first, first + total, size)
         ]
-        metrics = {name: float(torch.cat([part[name] for part in parts]).mean()) for name in parts[0]}
+        # The first part may have measured more than the others.
+        metrics = {name: float(torch.cat([part[name] for part in parts if name in part]).mean()) for name in parts[0]}
         metrics["learning_rate"] = self.optimizer.learning_rate
         metrics["grad_norm"] = self.optimizer.step()
         return metrics
@@ -104,28 +114,77 @@ class Trainer:
         """Adds the gradient of ``share`` times the mean loss over the images at ``positions`` of the run."""
         config = self.config
         chosen = [self.order[position] for position in positions]
-        velocity = PromptedVelocity(self.model, self.embeddings[torch.tensor(chosen)])
+        prompts = [self.prompts[index] for index in chosen]
+        velocity = prompted_velocity(self.model, self.embeddings[torch.tensor(chosen)])
         noise = self.model.draw_noise([seed_of(config.seed, NOISE_STREAM, position) for position in positions])
         sigmas = self.model.sigmas(config.rollout.num_steps)
         rollout = sample_rollout(velocity, noise, sigmas)
+        generator = torch.Generator().manual_seed(seed_of(config.seed, INDEX_STREAM, positions.start))
+        indices = draw_several(
+            self.method, config.train.leaps_per_rollout, rollout.num_steps, len(positions), generator
+        )
+        plan = self.method.plan(sigmas, **indices)
+        columns = torch.arange(plan.index.shape[1])
+        trajectory = self.method.trajectory(rollout, velocity, **indices)
+        rewarded = self.method.reward_latents(trajectory, **indices)
         scored = reward_gradient(
             self.model.decode,
             self.reward,
-            rollout.latents[-1],
-            [self.prompts[index] for index in chosen],
+            rewarded,
+            [prompts[n % len(prompts)] for n in range(len(rewarded))],
             config.train.reward_chunk,
         )
-        generator = torch.Generator().manual_seed(seed_of(config.seed, INDEX_STREAM, positions.start))
-        indices = self.method.draw(rollout.num_steps, len(positions), generator)
-        reward = scored.rewards.requires_grad_()
-        loss, diagnostics = self.method.loss(reward, config.threshold, rollout, **indices)
+        # Draws that reward the same latents share one gradient.
+        reward = scored.rewards[columns % len(rewarded)].requires_grad_()
+        x0_gradient = scored.gradient[columns % len(rewarded)]
+        loss, diagnostics = self.method.loss(reward, config.threshold, trajectory, **indices)
         (loss_gradient,) = torch.autograd.grad(share * loss, reward)
+        velocity_of_trajectory = velocity
+        if trajectory is not rollout:
+            velocity_of_trajectory = velocity.select(torch.arange(trajectory.batch_size) % len(positions))
+        discount = torch.zeros(plan.index.shape)
         terms = surrogate_backward(
-            self.method.plan(sigmas, **indices),
+            plan,
+            trajectory,
+            velocity_of_trajectory,
+            per_sample(loss_gradient, x0_gradient) * x0_gradient,
+            microbatch=config.train.microbatch,
+            applied_discount=discount,
+        )
+        compared = {}
+        every = config.diagnostics.true_gradient_every
+        if every and self.iteration % every == 0 and positions.start == self.iteration * config.train.batch_size:
+            compared = self._compare(rollout, velocity, prompts, share)
+        return {
+            "reward": reward.detach(),
+            "loss": loss.detach().view(1),
+            "hinge_closed": (reward.detach() >= config.threshold).float(),
+            **diagnostics,
+            **compared,
+            **{f"gradient_term_{row}": norms for row, norms in enumerate(terms)},
+            **{f"discount_{row}": discount[row] for row in range(1, len(terms)) if plan.discount[row] != 0},
+        }
+
+    def _compare(
+        self, rollout: Rollout, velocity: ConditionedVelocity, prompts: list[str], share: float
+    ) -> dict[str, Tensor]:
+        """The gradient so far against the true one of ``share`` times the unweighted hinge loss on the rollout."""
+        scored = reward_gradient(
+            self.model.decode, self.reward, rollout.latents[-1], prompts, self.config.train.reward_chunk
+        )
+        factor = -share / len(prompts) * (scored.rewards < self.config.threshold)
+        return agreement(
+            [p for p in self.model.transformer.parameters() if p.requires_grad],
             rollout,
             velocity,
-            per_sample(loss_gradient, scored.gradient) * scored.gradient,
-            microbatch=config.train.microbatch,
+            per_sample(factor, scored.gradient) * scored.gradient,
+            self.config.train.microbatch,
         )
-        row_terms = {f"gradient_term_{row}": norms for row, norms in enumerate(terms)}
-        return {"reward": reward.detach(), "loss": loss.detach().view(1), **diagnostics, **row_terms}
+
+
+def draw_several(
+    method: Method, draws: int, num_steps: int, batch_size: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Index tensors of ``draws`` draws on one rollout of ``batch_size`` samples, one after the other."""
+    drawn = [method.draw(num_steps, batch_size, generator) for _ in range(draws)]
+    return {name: torch.cat([one[name] for one in drawn], dim=-1) for name in drawn[0]}

@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from worlds import flux_embeddings, small_flux
 
-from leapalign.models import PromptedVelocity
 from leapalign.models.flux import FluxModel, encode_prompts
+from leapalign.models.velocity import PromptedVelocity
 from leapalign.rollout import sample_rollout
 from leapalign.tiny.model import (
     build_pooled_encoder,

@@ -73,8 +73,8 @@ def test_loss_by_hand() -> None:
     [
         ("leapaling", {}, "did you mean 'leapalign'"),
         ("leapalign", {"alhpa": 0.3}, "did you mean 'alpha'"),
-        ("leapalign", {"alpha": -0.1}, "negative"),
-        ("leapalign", {"tau": 0}, "positive"),
+        ("leapalign", {"alpha": -0.1}, "'alpha' is -0.1: input should be greater than or equal to 0"),
+        ("leapalign", {"tau": 0}, "'tau' is 0: input should be greater than 0"),
         ("leapalign", {"alpha": "much"}, "valid number"),
     ],
 )

@@ -28,6 +28,10 @@ class PromptEmbeddings:
     def __getitem__(self, samples: Tensor | slice) -> PromptEmbeddings:
         return PromptEmbeddings(self.tokens[samples], self.pooled[samples])
 
+    def followed_by(self, other: PromptEmbeddings) -> PromptEmbeddings:
+        """These, then those of ``other``."""
+        return PromptEmbeddings(torch.cat([self.tokens, other.tokens]), torch.cat([self.pooled, other.pooled]))
+
 
 @torch.no_grad()
 def encode_prompts(folder: str, prompts: Sequence[str], batch_size: int = 64) -> PromptEmbeddings:

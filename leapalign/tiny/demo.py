@@ -12,8 +12,9 @@ import torch
 
 from leapalign.config import Config
 from leapalign.embedded import FOLDER
-from leapalign.models import FlowModel, encode_prompts, load_model
+from leapalign.models import encode_prompts, load_model
 from leapalign.models.flux import PromptEmbeddings
+from leapalign.models.protocol import FlowModel
 from leapalign.optim import Optimizer
 from leapalign.reward_gradient import RewardFn
 from leapalign.tiny.critic import Critic

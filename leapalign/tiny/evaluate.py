@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from leapalign.generate import generate
-from leapalign.models import FlowModel
 from leapalign.models.flux import PromptEmbeddings
+from leapalign.models.protocol import FlowModel
 from leapalign.reward_gradient import RewardFn
 from leapalign.statistics import Interval, mean_interval, share_interval
 from leapalign.tiny.judge import Verdict, judge

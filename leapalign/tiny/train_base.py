@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from leapalign.models import FlowModel
 from leapalign.models.flux import FluxModel, PromptEmbeddings
+from leapalign.models.protocol import FlowModel
 from leapalign.tiny.evaluate import evaluate
 from leapalign.tiny.model import (
     MAX_TOKENS,

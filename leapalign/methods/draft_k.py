@@ -1,0 +1,35 @@
+"""DRaFT-K (Clark et al., arXiv 2309.17400): exact backpropagation through the last K steps of the sampler.
+
+All T steps are AlignProp (Prabhudesai et al., arXiv 2310.03739), and the true gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leapalign.config import PositiveInt
+from leapalign.methods.base import SurrogateMethod, euler
+from leapalign.surrogate import SurrogatePlan
+
+
+@dataclass(frozen=True)
+class DRaFTK(SurrogateMethod):
+    """Euler coefficients and discount 1 on the last ``steps`` steps."""
+
+    steps: PositiveInt | None = 1
+    """K; null: all steps of the sampler."""
+
+    def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """``first (B,)``, the first step with gradient: nothing is random here."""
+        return {"first": torch.full((batch_size,), max(0, num_steps - (self.steps or num_steps)))}
+
+    def plan(self, sigmas: Tensor, *, first: Tensor) -> SurrogatePlan:
+        """Rows ``first .. T - 1``. Raises ValueError where ``first`` differs between samples."""
+        if bool((first != first[0]).any()):
+            raise ValueError("draft_k goes back equally far for every sample: all entries of 'first' must be equal")
+        index = torch.arange(int(first[0]), len(sigmas) - 1)[:, None].expand(-1, len(first))
+        coefficient = euler(sigmas, index)
+        return SurrogatePlan(index, coefficient, torch.ones(len(index), dtype=coefficient.dtype))

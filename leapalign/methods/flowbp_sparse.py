@@ -1,0 +1,35 @@
+"""FlowBP-Sparse (arXiv 2606.11075): a few steps of the sampler, later ones more often, all inputs detached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leapalign.config import NonNegativeFloat, PositiveInt
+from leapalign.methods.active_set import draw_without_replacement, rescaled
+from leapalign.methods.base import SurrogateMethod, euler, undiscounted, wide
+from leapalign.surrogate import SurrogatePlan
+
+
+@dataclass(frozen=True)
+class FlowBPSparse(SurrogateMethod):
+    """``active_steps`` Euler steps, drawn without replacement, step i with weight ``(i + 1) ** late_bias``."""
+
+    active_steps: PositiveInt = 3
+    """K of the paper."""
+    late_bias: NonNegativeFloat = 2.0
+    rescale: NonNegativeFloat = 1.0
+    """rho of the paper: how far coefficients grow to make up for the steps left out."""
+
+    def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """``active (K, B)``, ascending."""
+        weight = torch.arange(1, num_steps + 1).double().pow(self.late_bias).expand(batch_size, -1)
+        count = torch.full((batch_size,), min(self.active_steps, num_steps))
+        return {"active": draw_without_replacement(weight, count, generator)}
+
+    def plan(self, sigmas: Tensor, *, active: Tensor) -> SurrogatePlan:
+        """Euler coefficients, rescaled against those of all steps."""
+        total = wide(sigmas).diff().abs().sum()
+        return undiscounted(active, rescaled(euler(sigmas, active), total, self.rescale))

@@ -1,0 +1,33 @@
+"""ReFL (Xu et al., arXiv 2304.05977): one late step predicts the image, and only its velocity carries gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leapalign.config import PositiveInt
+from leapalign.methods.base import SurrogateMethod, last_steps, undiscounted, wide
+from leapalign.rollout import Rollout
+from leapalign.surrogate import SurrogatePlan
+
+
+@dataclass(frozen=True)
+class ReFL(SurrogateMethod):
+    """Reward on the posterior mean ``x_i - sigma_i v_i`` of a step drawn late in the trajectory."""
+
+    last_steps: PositiveInt = 11
+    """The step is one of the last so many; 11 of 25 in the comparisons of LeapAlign and FlowBP."""
+
+    def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """``i (B,)``, uniform over the last steps."""
+        return {"i": last_steps(num_steps, self.last_steps, batch_size, generator)}
+
+    def plan(self, sigmas: Tensor, *, i: Tensor) -> SurrogatePlan:
+        """One row, coefficient ``-sigma_i``."""
+        return undiscounted(i[None], -wide(sigmas)[i][None])
+
+    def reward_latents(self, rollout: Rollout, **indices: Tensor) -> Tensor:
+        """The posterior means at ``i``."""
+        return rollout.posterior_mean(indices["i"])

@@ -1,0 +1,92 @@
+"""A model's velocity for a batch of prompts, with or without classifier-free guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leapalign.models.protocol import FlowModel
+from leapalign.rollout import VelocityFn
+from leapalign.surrogate import ConditionedVelocity
+
+
+@dataclass(frozen=True)
+class GuidedEmbeddings:
+    """Embeddings of prompts, and the one of the negative prompt that guidance steers away from.
+
+    ``velocity = negative + scale (prompt - negative)``; ``batched``: both in one forward, else one after the other.
+    """
+
+    prompts: Any
+    negative: Any
+    scale: float
+    batched: bool
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, samples: Tensor | slice) -> GuidedEmbeddings:
+        return replace(self, prompts=self.prompts[samples])
+
+
+def prompted_velocity(model: FlowModel[Any], embeddings: Any) -> ConditionedVelocity:
+    """The velocity of ``model`` for the prompts of a batch, guided where their embeddings are."""
+    if isinstance(embeddings, GuidedEmbeddings):
+        return GuidedVelocity(model, embeddings)
+    return PromptedVelocity(model, embeddings)
+
+
+@dataclass(frozen=True)
+class PromptedVelocity:
+    """One velocity a sample: models distilled to take the guidance scale as an input need no other."""
+
+    model: FlowModel[Any]
+    embeddings: Any
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        return self.model.velocity(latents, sigma, self.embeddings)
+
+    def select(self, samples: Tensor) -> PromptedVelocity:
+        return PromptedVelocity(self.model, self.embeddings[samples])
+
+
+@dataclass(frozen=True)
+class GuidedVelocity:
+    """Two velocities a sample, combined: a `leapalign.surrogate.BranchedVelocity`."""
+
+    model: FlowModel[Any]
+    embeddings: GuidedEmbeddings
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        prompt, negative = self._both(latents, sigma)
+        return negative + self.embeddings.scale * (prompt - negative)
+
+    def select(self, samples: Tensor) -> GuidedVelocity:
+        return GuidedVelocity(self.model, self.embeddings[samples])
+
+    def branches(self) -> list[tuple[float, VelocityFn]]:
+        """The two velocities with their weights, or the combined one where a forward holds both anyway."""
+        scale = self.embeddings.scale
+        if self.embeddings.batched:
+            return [(1.0, self)]
+        return [(scale, self._prompt), (1 - scale, self._negative)]
+
+    def _both(self, latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.embeddings.batched:
+            return self._prompt(latents, sigma), self._negative(latents, sigma)
+        embeddings = self.embeddings.prompts.followed_by(self._negatives(len(latents)))
+        velocity = self.model.velocity(torch.cat([latents, latents]), torch.cat([sigma, sigma]), embeddings)
+        prompt, negative = velocity.chunk(2)
+        return prompt, negative
+
+    def _prompt(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        return self.model.velocity(latents, sigma, self.embeddings.prompts)
+
+    def _negative(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        return self.model.velocity(latents, sigma, self._negatives(len(latents)))
+
+    def _negatives(self, count: int) -> Any:
+        return self.embeddings.negative[torch.zeros(count, dtype=torch.int64)]
