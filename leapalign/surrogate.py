@@ -137,9 +137,10 @@ def surrogate_backward(
         discount = float(plan.discount[group[0]]) if group[0] > 0 else 0.0
         # Entries (row, column), row by row. A plain function wants all of them.
         active = plan.coefficient[group] != 0 if conditioned else torch.ones(len(group), plan.index.shape[1])
-        entries = zip(*(part.split(microbatch or batch) for part in active.nonzero(as_tuple=True)), strict=True)
+        entries = active.nonzero()
         nested = torch.zeros_like(lam) if discount else None
-        for rows, columns in entries:
+        for part in entries.split(microbatch or batch) if len(entries) else ():
+            rows, columns = part.unbind(dim=1)
             steps, samples = plan.index[group][rows, columns], columns % batch
             q = _velocity_vjp(
                 conditioned.select(samples) if conditioned else velocity_fn,

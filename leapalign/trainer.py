@@ -117,15 +117,14 @@ class Trainer:
         prompts = [self.prompts[index] for index in chosen]
         velocity = prompted_velocity(self.model, self.embeddings[torch.tensor(chosen)])
         noise = self.model.draw_noise([seed_of(config.seed, NOISE_STREAM, position) for position in positions])
-        sigmas = self.model.sigmas(config.rollout.num_steps)
-        rollout = sample_rollout(velocity, noise, sigmas)
+        rollout = sample_rollout(velocity, noise, self.model.sigmas(config.rollout.num_steps))
         generator = torch.Generator().manual_seed(seed_of(config.seed, INDEX_STREAM, positions.start))
         indices = draw_several(
             self.method, config.train.leaps_per_rollout, rollout.num_steps, len(positions), generator
         )
-        plan = self.method.plan(sigmas, **indices)
-        columns = torch.arange(plan.index.shape[1])
         trajectory = self.method.trajectory(rollout, velocity, **indices)
+        plan = self.method.plan(trajectory.sigmas, **indices)
+        columns = torch.arange(plan.index.shape[1])
         rewarded = self.method.reward_latents(trajectory, **indices)
         scored = reward_gradient(
             self.model.decode,

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from worlds import World, flux_world, relative_difference, vector_world
+from worlds import World, conditioned_world, flux_world, relative_difference, vector_world
 
 from leapalign.methods import get_method
 from leapalign.rollout import Rollout
@@ -105,35 +105,21 @@ def test_microbatches_change_nothing(microbatch: int, alpha: float) -> None:
     assert relative_difference(parts, whole) <= 1e-13
 
 
-class Conditioned:
-    """A velocity that depends on a condition per sample, and records the size of each call."""
-
-    def __init__(self, world: World, condition: Tensor, calls: list[int]) -> None:
-        self.world, self.condition, self.calls = world, condition, calls
-
-    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        self.calls.append(len(latents))
-        return self.world.velocity(latents * column(self.condition, latents), sigma)
-
-    def select(self, samples: Tensor) -> Conditioned:
-        return Conditioned(self.world, self.condition[samples], self.calls)
-
-
 @pytest.mark.parametrize(("discount", "calls"), [((0.0, 0.0, 0.0), [6, 3]), ((0.0, 0.5, 0.0), [6, 3])])
 def test_rows_that_share_a_cotangent_run_as_one_batch(discount: tuple[float, ...], calls: list[int]) -> None:
-    world = vector_world((6,), batch=3, steps=7)
-    sizes: list[int] = []
-    conditioned = Conditioned(world, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), sizes)
+    world = conditioned_world((6,), batch=3, steps=7)
+    world.velocity.calls.clear()
     plan = SurrogatePlan(
         index=torch.tensor([[0, 1, 0], [2, 3, 4], [5, 4, 6]]),
         coefficient=torch.randn(3, 3, dtype=torch.float64),
         discount=torch.tensor(discount),
     )
-    surrogate_backward(plan, world.rollout, conditioned, world.x0_gradient)
+    surrogate_backward(plan, world.rollout, world.velocity, world.x0_gradient)
+    assert world.velocity.calls == [3, 3, 3]
     row_by_row = world.gradients()
-    sizes.clear()
-    surrogate_backward(plan, world.rollout, conditioned, world.x0_gradient, microbatch=6)
-    assert sizes == calls
+    world.velocity.calls.clear()
+    surrogate_backward(plan, world.rollout, world.velocity, world.x0_gradient, microbatch=6)
+    assert world.velocity.calls == calls
     assert relative_difference(world.gradients(), row_by_row) <= 1e-13
 
 

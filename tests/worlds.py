@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from leapalign.models.flux import FluxModel, PromptEmbeddings
+from leapalign.models.velocity import PromptedVelocity
 from leapalign.rollout import Rollout, sample_rollout
 from leapalign.tiny.model import build_scheduler
 
@@ -18,7 +19,7 @@ from leapalign.tiny.model import build_scheduler
 class World:
     """A velocity network with a rollout on it, and a reward gradient at the generated latent."""
 
-    velocity: Callable[[Tensor, Tensor], Tensor]
+    velocity: Any
     parameters: list[nn.Parameter]
     rollout: Rollout
     x0_gradient: Tensor
@@ -54,6 +55,31 @@ def vector_world(shape: tuple[int, ...], batch: int, steps: int, dtype: torch.dt
     return World(network, list(network.parameters()), rollout, torch.randn(batch, *shape, dtype=dtype))
 
 
+@dataclass
+class Conditioned:
+    """A velocity that depends on a condition per sample, and records how many samples each call had."""
+
+    network: VectorField
+    condition: Tensor
+    calls: list[int] = field(default_factory=list)
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        self.calls.append(len(latents))
+        return self.network(latents * self.condition.view(-1, *[1] * (latents.dim() - 1)), sigma)
+
+    def select(self, samples: Tensor) -> Conditioned:
+        return Conditioned(self.network, self.condition[samples], self.calls)
+
+
+def conditioned_world(shape: tuple[int, ...], batch: int, steps: int) -> World:
+    """A `vector_world` whose velocity is conditioned."""
+    network = VectorField(shape).double()
+    velocity = Conditioned(network, torch.linspace(0.5, 1.5, batch, dtype=torch.float64))
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** 1.3
+    rollout = sample_rollout(velocity, torch.randn(batch, *shape, dtype=torch.float64), sigmas)
+    return World(velocity, list(network.parameters()), rollout, torch.randn(batch, *shape, dtype=torch.float64))
+
+
 def small_flux(guidance_embeds: bool = False) -> FluxTransformer2DModel:
     """A random FLUX of one double and one single block, over packed latents of 16 channels."""
     return FluxTransformer2DModel(
@@ -77,11 +103,7 @@ def flux_embeddings(batch: int, dtype: torch.dtype = torch.float32) -> PromptEmb
 def flux_world(batch: int, steps: int, dtype: torch.dtype) -> World:
     """A `small_flux` world; the velocity is conditioned on prompts."""
     model = FluxModel(small_flux().to(dtype), build_scheduler(), 16, 16)
-    embeddings = flux_embeddings(batch, dtype)
-
-    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        return model.velocity(latents, sigma, embeddings)
-
+    velocity = PromptedVelocity(model, flux_embeddings(batch, dtype))
     sigmas = model.sigmas(steps).to(dtype)
     rollout = sample_rollout(velocity, torch.randn(batch, 16, 16, dtype=dtype), sigmas)
     return World(velocity, list(model.transformer.parameters()), rollout, torch.randn(batch, 16, 16, dtype=dtype))

@@ -32,7 +32,7 @@ class Method(Protocol):
         ...
 
     def plan(self, sigmas: Tensor, **indices: Tensor) -> SurrogatePlan:
-        """The surrogate for ``sigmas (T + 1,)``: pure arithmetic."""
+        """The surrogate for the ``sigmas (T + 1,)`` of the trajectory: pure arithmetic."""
         ...
 
     def trajectory(self, rollout: Rollout, velocity: ConditionedVelocity, **indices: Tensor) -> Rollout:
