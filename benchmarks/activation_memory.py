@@ -1,10 +1,11 @@
-"""Peak activation bytes of one LeapAlign backward on the tiny FLUX: staged against the in-line graph.
+"""Peak activation bytes of backward passes on the tiny FLUX: staged against in-line, the whole sampler against a step.
 
     python benchmarks/activation_memory.py --batch-size 16
 
 Counts live tensor storages on the CPU, from after the rollout to the last gradient; weights, gradients, embeddings
-and the rollout's own latents are there in both and not counted. The in-line graph holds both leaps, the decoder and
-the reward at once, as a trainer that calls ``loss.backward()`` does.
+and the rollout's own latents are there in both and not counted. The in-line graph holds both leaps at once, and with
+the reward the decoder and the reward too, as a trainer that calls ``loss.backward()`` does. Without the reward both
+start from the same gradient at the generated latents.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from leapalign.config import ModelConfig
 from leapalign.memory.ledger import StorageLedger
-from leapalign.methods import get_method
+from leapalign.methods import Method, get_method
 from leapalign.models import encode_prompts, load_model
 from leapalign.models.velocity import PromptedVelocity
 from leapalign.reward_gradient import reward_gradient, to_unit_range
@@ -63,7 +65,23 @@ class Setting:
         del scored
         surrogate_backward(self.method.plan(self.sigmas, **self.indices), self.rollout, self.velocity, gradient)
 
+    def staged_without_reward(self, method: Method | None = None) -> None:
+        method = method or self.method
+        indices = method.draw(len(self.sigmas) - 1, len(self.prompts), torch.Generator().manual_seed(0))
+        plan = method.plan(self.sigmas, **indices)
+        surrogate_backward(plan, self.rollout, self.velocity, torch.ones_like(self.rollout.latents[-1]))
+
     def inline(self) -> None:
+        x_end, distances = self.leaps()
+        reward = self.reward(to_unit_range(self.model.decode(x_end)), self.prompts)
+        loss, _ = consistency_weighted_loss(reward, distances, THRESHOLD, TAU)
+        loss.backward()
+
+    def inline_without_reward(self) -> None:
+        x_end, _ = self.leaps()
+        x_end.backward(torch.ones_like(x_end))
+
+    def leaps(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         k, j = self.indices["k"], self.indices["j"]
         samples, latents = torch.arange(len(k)), self.rollout.latents
         sigma_k, sigma_j, zero = self.sigmas[k], self.sigmas[j], torch.zeros(len(k))
@@ -73,9 +91,7 @@ class Setting:
         x_end, d_end = leap_update(x_j, velocity_j, sigma_j, zero, target=latents[-1])
         assert d_j is not None
         assert d_end is not None
-        reward = self.reward(to_unit_range(self.model.decode(x_end)), self.prompts)
-        loss, _ = consistency_weighted_loss(reward, (d_j, d_end), THRESHOLD, TAU)
-        loss.backward()
+        return x_end, (d_j, d_end)
 
 
 def peak_bytes(setting: Setting, backward: Callable[[], None]) -> int:
@@ -91,17 +107,30 @@ def peak_bytes(setting: Setting, backward: Callable[[], None]) -> int:
 
 
 def measure(batch_size: int) -> dict[str, float]:
-    """Peaks in bytes, their ratio, and the relative difference of the two gradients."""
+    """Peaks in bytes, their ratios, and the relative difference of the staged and the in-line gradient."""
     setting = Setting(batch_size)
     inline = peak_bytes(setting, setting.inline)
     expected = setting.gradient()
     staged = peak_bytes(setting, setting.staged)
     difference = float((setting.gradient() - expected).norm() / expected.norm())
+    inline_alone = peak_bytes(setting, setting.inline_without_reward)
+    staged_alone = peak_bytes(setting, setting.staged_without_reward)
+    step, sampler = (
+        peak_bytes(setting, partial(setting.staged_without_reward, get_method("draft_k", steps=steps)))
+        for steps in (1, None)
+    )
     return {
         "batch_size": batch_size,
+        "num_steps": setting.rollout.num_steps,
         "inline_bytes": inline,
         "staged_bytes": staged,
         "ratio": staged / inline,
+        "inline_bytes_without_reward": inline_alone,
+        "staged_bytes_without_reward": staged_alone,
+        "ratio_without_reward": staged_alone / inline_alone,
+        "one_step_bytes": step,
+        "whole_sampler_bytes": sampler,
+        "sampler_to_step_ratio": sampler / step,
         "gradient_difference": difference,
     }
 

@@ -15,16 +15,16 @@ from torch import Tensor
 from leapalign.checkpoint import load_checkpoint, save_checkpoint
 from leapalign.config import Config
 from leapalign.embedded import resolve
+from leapalign.method_gradient import Objective, draw_several, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import encode_prompts, load_model
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity
 from leapalign.optim import Optimizer
 from leapalign.prompts import PromptOrder, read_prompts
-from leapalign.reward_gradient import RewardFn, reward_gradient
+from leapalign.reward_gradient import RewardFn
 from leapalign.rewards import get_reward
-from leapalign.rollout import Rollout, per_sample, sample_rollout
-from leapalign.surrogate import ConditionedVelocity, surrogate_backward
+from leapalign.rollout import sample_rollout
 from leapalign.true_gradient import agreement
 from leapalign.validation import UserError
 
@@ -122,68 +122,14 @@ class Trainer:
         indices = draw_several(
             self.method, config.train.leaps_per_rollout, rollout.num_steps, len(positions), generator
         )
-        trajectory = self.method.trajectory(rollout, velocity, **indices)
-        plan = self.method.plan(trajectory.sigmas, **indices)
-        columns = torch.arange(plan.index.shape[1])
-        rewarded = self.method.reward_latents(trajectory, **indices)
-        scored = reward_gradient(
-            self.model.decode,
-            self.reward,
-            rewarded,
-            [prompts[n % len(prompts)] for n in range(len(rewarded))],
-            config.train.reward_chunk,
+        objective = Objective(self.model.decode, self.reward, config.threshold, config.train.reward_chunk)
+        microbatch = config.train.microbatch
+        metrics = method_backward(
+            self.method, indices, rollout, velocity, objective, prompts, share=share, microbatch=microbatch
         )
-        # Draws that reward the same latents share one gradient.
-        reward = scored.rewards[columns % len(rewarded)].requires_grad_()
-        x0_gradient = scored.gradient[columns % len(rewarded)]
-        loss, diagnostics = self.method.loss(reward, config.threshold, trajectory, **indices)
-        (loss_gradient,) = torch.autograd.grad(share * loss, reward)
-        velocity_of_trajectory = velocity
-        if trajectory is not rollout:
-            velocity_of_trajectory = velocity.select(torch.arange(trajectory.batch_size) % len(positions))
-        discount = torch.zeros(plan.index.shape)
-        terms = surrogate_backward(
-            plan,
-            trajectory,
-            velocity_of_trajectory,
-            per_sample(loss_gradient, x0_gradient) * x0_gradient,
-            microbatch=config.train.microbatch,
-            applied_discount=discount,
-        )
-        compared = {}
         every = config.diagnostics.true_gradient_every
         if every and self.iteration % every == 0 and positions.start == self.iteration * config.train.batch_size:
-            compared = self._compare(rollout, velocity, prompts, share)
-        return {
-            "reward": reward.detach(),
-            "loss": loss.detach().view(1),
-            "hinge_closed": (reward.detach() >= config.threshold).float(),
-            **diagnostics,
-            **compared,
-            **{f"gradient_term_{row}": norms for row, norms in enumerate(terms)},
-            **{f"discount_{row}": discount[row] for row in range(1, len(terms)) if plan.discount[row] != 0},
-        }
-
-    def _compare(
-        self, rollout: Rollout, velocity: ConditionedVelocity, prompts: list[str], share: float
-    ) -> dict[str, Tensor]:
-        """The gradient so far against the true one of ``share`` times the unweighted hinge loss on the rollout."""
-        scored = reward_gradient(
-            self.model.decode, self.reward, rollout.latents[-1], prompts, self.config.train.reward_chunk
-        )
-        factor = -share / len(prompts) * (scored.rewards < self.config.threshold)
-        return agreement(
-            [p for p in self.model.transformer.parameters() if p.requires_grad],
-            rollout,
-            velocity,
-            per_sample(factor, scored.gradient) * scored.gradient,
-            self.config.train.microbatch,
-        )
-
-
-def draw_several(
-    method: Method, draws: int, num_steps: int, batch_size: int, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Index tensors of ``draws`` draws on one rollout of ``batch_size`` samples, one after the other."""
-    drawn = [method.draw(num_steps, batch_size, generator) for _ in range(draws)]
-    return {name: torch.cat([one[name] for one in drawn], dim=-1) for name in drawn[0]}
+            parameters = [p for p in self.model.transformer.parameters() if p.requires_grad]
+            x0_gradient = share * objective.true_gradient(rollout, prompts)
+            metrics |= agreement(parameters, rollout, velocity, x0_gradient, microbatch)
+        return metrics

@@ -68,6 +68,49 @@ def test_loss_by_hand() -> None:
     torch.testing.assert_close(gradient, torch.tensor([-1.25 / 2, 0.0]))
 
 
+def world_of_three_leaps() -> tuple[Rollout, dict[str, torch.Tensor], list[float]]:
+    """Two samples alike, starts 0, 1 and 3, and the distances 0.2, 0.4 and 0.8 from each leap to its target."""
+    latents, velocities = torch.zeros(5, 2, 3), torch.zeros(4, 2, 3)
+    latents[1], latents[3], latents[4] = 0.2, 0.6, 1.4
+    starts = {"k": torch.tensor([0, 0]), "j": torch.tensor([1, 1]), "m": torch.tensor([3, 3])}
+    return Rollout(latents, velocities, SIGMAS), starts, [0.2, 0.4, 0.8]
+
+
+@pytest.mark.parametrize(
+    ("weigh_by", "weight"),
+    [("all", 1 / 1.4), ("connectors", 1 / 0.6), ("end", 1 / 0.8), ("none", 1.0)],
+)
+def test_weights_of_three_leaps(weigh_by: str, weight: float) -> None:
+    rollout, starts, expected = world_of_three_leaps()
+    method = get_method("leapalign", leaps=3, weigh_by=weigh_by)
+    loss, seen = method.loss(torch.tensor([0.1, 0.4]), 0.5, rollout, **starts)
+    torch.testing.assert_close(loss, torch.tensor(weight * (0.4 + 0.1) / 2))
+    for name, distance in zip(("d_j", "d_m", "d_end"), expected, strict=True):
+        torch.testing.assert_close(seen[name], torch.full((2,), distance))
+    assert ("w" in seen) == (weigh_by != "none")
+
+
+def test_one_leap_is_weighed_by_its_end() -> None:
+    rollout, _, _ = world_of_three_leaps()
+    _, seen = get_method("leapalign", leaps=1).loss(torch.zeros(2), 0.5, rollout, k=torch.tensor([1, 3]))
+    torch.testing.assert_close(seen["d_end"], torch.tensor([1.2, 0.8]))
+    torch.testing.assert_close(seen["w"], 1 / torch.tensor([1.2, 0.8]))
+
+
+def test_lagrange_distances_are_those_of_its_own_leaps() -> None:
+    """Velocities quadratic in sigma: three supports integrate them exactly, so the leap lands on the exact solution."""
+    sigmas = torch.tensor([1.0, 0.8, 0.55, 0.3, 0.1, 0.0], dtype=torch.float64)
+    velocities = (3 * sigmas[:-1] ** 2 - 1).view(-1, 1, 1).expand(-1, 1, 2)
+    latents = (sigmas**3 - sigmas).view(-1, 1, 1).expand(-1, 1, 2)
+    _, seen = get_method("flowbp_lagrange", tau=0.01).loss(
+        torch.zeros(1), 0.5, Rollout(latents, velocities, sigmas), k=torch.tensor([0]), j=torch.tensor([4])
+    )
+    assert float(seen["d_j"]) < 1e-6
+    # One step remains, so one support: an Euler step of 0.1 with velocity 3 * 0.01 - 1, and the exact end is 0.
+    assert float(seen["d_end"]) == pytest.approx(abs(0.1**3 - 0.1 - 0.1 * (3 * 0.01 - 1)), rel=1e-4)
+    assert float(seen["w"]) == pytest.approx(1 / 0.02, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from worlds import World, conditioned_world, flux_world, relative_difference
 
+from leapalign.method_gradient import draw_several
 from leapalign.methods import METHODS, get_method
 from leapalign.surrogate import surrogate_backward
-from leapalign.trainer import draw_several
 
 WORLDS = {
     "vector": lambda: conditioned_world((6,), batch=3, steps=9),

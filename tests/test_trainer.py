@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from leapalign.checkpoint import AVERAGE, TRANSFORMER, latest_checkpoint, read_weights
 from leapalign.config import Config, override
+from leapalign.methods import METHODS
+from leapalign.methods.leapalign import LeapAlign
 from leapalign.models.flux import FluxModel
 from leapalign.run import prepare_resume, run_training
 from leapalign.run_folder import MetricsLog, read_metrics
@@ -197,3 +200,76 @@ def test_model_protocol_is_met_by_flux(parts: Path) -> None:
     assert model.draw_noise([1, 2]).shape == (2, 64, 48)
     assert torch.equal(model.draw_noise([1, 2])[1], model.draw_noise([2])[0])
     assert build_scheduler().config.use_dynamic_shifting
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(parts: Path, tmp_path: Path, name: str) -> None:
+    asked = ("rollout.num_steps=6", "train.leaps_per_rollout=2", "train.iterations=2", f"method.name={name}")
+    config = config_of(parts, tmp_path, *asked, "diagnostics.true_gradient_every=2", "train.microbatch=2")
+    trainer = Trainer.from_config(config)
+    before = weights(trainer)
+    first, second = trainer.run()
+    assert not torch.equal(weights(trainer), before)
+    assert all(math.isfinite(value) for record in (first, second) for value in record.values())
+    assert first["hinge_closed"] == 0
+    assert 0 < first["true_gradient_cosine"] <= 1 + 1e-6
+    assert "true_gradient_cosine" not in second, "asked for every other iteration"
+    assert first["gradient_term_0"] > 0
+
+
+def test_exact_backpropagation_agrees_with_itself(parts: Path, tmp_path: Path) -> None:
+    """The whole loop for draft_k through all steps, accumulated over two rollouts, is the true gradient."""
+    asked = ("train.batch_size=8", "method.name=draft_k", "method.steps=null", "diagnostics.true_gradient_every=1")
+    (record,) = Trainer.from_config(config_of(parts, tmp_path, *asked, "train.iterations=1")).run()
+    assert record["true_gradient_cosine"] == pytest.approx(1, abs=1e-5)
+    assert record["true_gradient_norm_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_comparing_with_the_true_gradient_changes_nothing(parts: Path, tmp_path: Path) -> None:
+    plain = gradient(config_of(parts, tmp_path, "train.batch_size=8"))
+    compared = gradient(config_of(parts, tmp_path, "train.batch_size=8", "diagnostics.true_gradient_every=1"))
+    assert torch.equal(plain, compared)
+
+
+def test_several_leaps_on_a_rollout_give_the_mean_of_their_gradients(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [
+        {"k": torch.tensor([0, 1, 0, 0]), "j": torch.tensor([1, 2, 2, 1])},
+        {"k": torch.tensor([1, 0, 1, 0]), "j": torch.tensor([2, 1, 2, 2])},
+    ]
+    queue: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(LeapAlign, "draw", lambda *_: queue.pop(0) if queue else drawn[0])
+
+    def of(*draws: dict[str, Tensor]) -> Tensor:
+        trainer = Trainer.from_config(config_of(parts, tmp_path, f"train.leaps_per_rollout={len(draws)}"))
+        queue.extend(draws)
+        trainer._accumulate(range(4), share=1.0)
+        return torch.cat([p.grad.flatten() for p in trainer.model.transformer.parameters() if p.grad is not None])
+
+    one, other = of(drawn[0]), of(drawn[1])
+    torch.testing.assert_close(of(*drawn), (one + other) / 2, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(one, other, rtol=1e-2)
+
+
+def test_closed_hinges_are_counted_and_carry_no_gradient(parts: Path, tmp_path: Path) -> None:
+    (record,) = Trainer.from_config(config_of(parts, tmp_path, "threshold=-9", "train.iterations=1")).run()
+    assert record["hinge_closed"] == 1
+    assert record["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("batched", ["true", "false"])
+def test_guided_models_train(parts: Path, tmp_path: Path, batched: str) -> None:
+    asked = ("model.true_cfg_scale=3", "model.negative_prompt=a cross", f"model.true_cfg_batched={batched}")
+    (guided,) = Trainer.from_config(config_of(parts, tmp_path, *asked, "train.iterations=1")).run()
+    (plain,) = Trainer.from_config(config_of(parts, tmp_path, "train.iterations=1")).run()
+    assert guided["grad_norm"] > 0
+    assert guided["reward"] != plain["reward"]
+
+
+def test_too_few_steps_for_the_method_is_said_before_anything_is_written(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 leaps need at least 2 sampling steps"):
+        Trainer.from_config(config_of(parts, tmp_path / "run", "rollout.num_steps=1"))
+    with pytest.raises(UserError, match="index_range"):
+        Trainer.from_config(config_of(parts, tmp_path / "run", "method={name: leapalign, index_range: [2, 9]}"))
+    assert not (tmp_path / "run").exists()
