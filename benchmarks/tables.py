@@ -83,6 +83,33 @@ def bench_table(lines: list[Line]) -> str:
     return f"{note}\n\n{markdown([*header, 'GB/s', 'of copy', 'of clone', 'error', 'peak MB'], rows)}"
 
 
+def gradient_agreement_table(lines: list[Line]) -> str:
+    """Return a row for each method, with the bands of noise levels beside each other."""
+    bands = sorted({tuple(line["sigma"]) for line in lines}, key=lambda band: (band == (0.0, 1.0), band))
+    methods: dict[str, dict[tuple[float, ...], Line]] = {}
+    for line in lines:
+        options = ", ".join(f"{key} {value}" for key, value in line["options"].items())
+        methods.setdefault(f"`{line['method']}`{' ' * bool(options)}{options}", {})[tuple(line["sigma"])] = line
+    rows = [
+        [name, *(_cosine(of.get(band)) for band in bands), f"{of[0.0, 1.0]['norm_ratio']:.2f}"]
+        for name, of in methods.items()
+    ]
+    first = lines[0]
+    note = (
+        f"{first['rollouts']} rollouts of {first['batch_size']} images, {first['num_steps']} steps, revision "
+        f"{_revisions(lines)}; cosines as mean ± standard error (number of draws)."
+    )
+    header = [f"sigma {low:g} to {high:g}" if (low, high) != (0.0, 1.0) else "all" for low, high in bands]
+    return f"{note}\n\n{markdown(['method', *header, 'norm ratio'], rows)}"
+
+
+def _cosine(line: Line | None) -> str:
+    if line is None:
+        return "-"
+    error = "" if line["cosine_error"] is None else f" ± {line['cosine_error']:.2f}"
+    return f"{line['cosine']:.2f}{error} ({line['count']})"
+
+
 def _revisions(lines: list[Line]) -> str:
     return " and ".join(sorted({str(line["revision"]) for line in lines}))
 
@@ -114,7 +141,7 @@ def _each(values: Any) -> str:
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
-TABLES = {"audit": audit_table, "bench": bench_table}
+TABLES = {"audit": audit_table, "bench": bench_table, "gradient_agreement": gradient_agreement_table}
 
 
 def filled(document: str, results: Path = RESULTS) -> str:
