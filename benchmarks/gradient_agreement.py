@@ -88,7 +88,7 @@ def compare(rollouts: int) -> Iterator[tuple[int, float, float, float]]:
                 method_backward(method, indices, rollout, velocity, objective, prompts[part])
                 own = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
                 model.transformer.zero_grad(set_to_none=True)
-                cosine = torch.nn.functional.cosine_similarity(own, true, dim=0)
+                cosine = torch.nn.functional.cosine_similarity(own.double(), true.double(), dim=0)
                 yield index, noise_level(method, sigmas, indices), float(cosine), float(own.norm() / true.norm())
 
 
