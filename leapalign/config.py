@@ -81,6 +81,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    checkpointing: Literal["none", "blocks", "attention"] = "none"
+    """What the backward pass recomputes instead of keeping: nothing, blocks, or blocks but for their attention."""
+    checkpoint_every: PositiveInt = 1
+    """Of the blocks, every so many-th is recomputed."""
+    checkpoint_decoder: bool = False
+    """Recompute the VAE decoder's blocks, too."""
+    attention: Literal["auto", "native", "flash", "_flash_3", "xformers"] = "auto"
+    """Attention kernel, by diffusers' names; auto: the fastest that works here."""
+
+
+@dataclass(frozen=True)
 class DiagnosticsConfig:
     true_gradient_every: NonNegativeInt = 0
     """Iterations between comparisons with exact backpropagation through the whole sampler (as slow as T steps, and
@@ -117,6 +129,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)

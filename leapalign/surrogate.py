@@ -151,9 +151,9 @@ def surrogate_backward(
                 gradient_sink=gradient_sink,
             )
             if q is not None and nested is not None:
-                # Only the group's first row passes gradient on; what was computed beside it is dropped.
-                first = rows == 0
-                nested[columns[first]] = q[first].to(lam.dtype)
+                # Only the group's first row passes gradient on; what was computed behind it is dropped.
+                count = int((rows == 0).sum())
+                nested[columns[:count]] = q[:count].to(lam.dtype)
         if nested is not None:
             lam, direct_norm, nested_norm = combine_gradient_terms(lam, nested, 1.0, discount, plan.max_ratio)
             if applied_discount is not None:

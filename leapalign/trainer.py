@@ -15,6 +15,8 @@ from torch import Tensor
 from leapalign.checkpoint import load_checkpoint, save_checkpoint
 from leapalign.config import Config
 from leapalign.embedded import resolve
+from leapalign.memory.attention import set_attention
+from leapalign.memory.checkpointing import prepare_model
 from leapalign.method_gradient import Objective, draw_several, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import encode_prompts, load_model
@@ -63,11 +65,14 @@ class Trainer:
         prompts = read_prompts(Path(resolve(config.prompts.path)))
         reward = get_reward(**config.reward)
         model = load_model(config.model)
+        weight = next(model.transformer.parameters())
+        set_attention(model.transformer, config.memory.attention, weight.device, weight.dtype)
         steps = config.rollout.num_steps
         try:
             method.plan(model.sigmas(steps), **method.draw(steps, 1, torch.Generator()))
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
+        prepare_model(model, config.memory)
         parameters = [p for p in model.transformer.parameters() if p.requires_grad]
         return cls(
             config=config,

@@ -77,6 +77,10 @@ class FluxModel:
             raise UserError(f"model.height {height} and model.width {width} must be multiples of {pixels_per_token}")
         self.rows, self.columns = height // pixels_per_token, width // pixels_per_token
 
+    @property
+    def decoder(self) -> AutoencoderKL | None:
+        return self.vae
+
     @classmethod
     def load(cls, folder: str | Path, height: int, width: int, guidance: float = 3.5) -> FluxModel:
         """Loads ``transformer/``, ``scheduler/`` and, where there is one, ``vae/`` of a FLUX.1 folder or hub id.

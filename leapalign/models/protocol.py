@@ -19,6 +19,11 @@ class FlowModel(Protocol[E]):
         """The network that is trained."""
         ...
 
+    @property
+    def decoder(self) -> torch.nn.Module | None:
+        """The network that makes images of latents; None where latents are images."""
+        ...
+
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Latents ``(len(seeds), ...)`` at ``sigma = 1``, one seed an image."""
         ...

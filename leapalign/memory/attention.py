@@ -1,0 +1,45 @@
+"""Which attention kernel a model runs: the one asked for, or the fastest that works here, with its backward pass."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+from leapalign.validation import UserError, brief
+
+PREFERRED = ("_flash_3", "flash", "xformers", "native")
+"""Fastest first, as their authors measured on GPUs; not measured here."""
+
+_log = logging.getLogger("leapalign")
+
+
+def set_attention(model: Any, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Has ``model`` use the attention backend ``wanted``, or with ``auto`` the first of `PREFERRED` that works.
+
+    Returns its name. Raises UserError where the one asked for does not work.
+    """
+    for name in PREFERRED if wanted == "auto" else (wanted,):
+        problem = _problem(name, device, dtype)
+        if problem is None:
+            model.set_attention_backend(name)
+            _log.info("attention runs on '%s'", name)
+            return name
+        if wanted != "auto":
+            raise UserError(f"memory.attention '{wanted}' does not work here ({problem}); install it or choose auto")
+        _log.info("attention cannot run on '%s': %s", name, problem)
+    raise UserError("no attention backend works here; reinstall torch")
+
+
+def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run attention and its backward pass; None if it can."""
+    if name not in {backend.value for backend in AttentionBackendName}:
+        return "diffusers knows no such backend"
+    query, key, value = (torch.randn(1, 16, 2, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    try:
+        dispatch_attention_fn(query, key, value, backend=AttentionBackendName(name)).sum().backward()
+    except Exception as error:  # whatever third-party kernels raise
+        return brief(error)
+    return None

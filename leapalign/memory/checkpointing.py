@@ -1,0 +1,63 @@
+"""Selective activation checkpointing of diffusers' models, block by block, without changing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from leapalign.config import MemoryConfig
+from leapalign.models.protocol import FlowModel
+from leapalign.validation import UserError
+
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+"""What PyTorch's attention runs as. Other libraries' kernels are recomputed with their block."""
+
+
+def prepare_model(model: FlowModel[Any], config: MemoryConfig) -> None:
+    """Has the transformer, and the decoder, recompute what ``config`` says. Raises UserError where one cannot."""
+    if config.checkpointing != "none":
+        checkpoint_blocks(model.transformer, config.checkpointing == "attention", config.checkpoint_every)
+    if config.checkpoint_decoder and model.decoder is not None:
+        checkpoint_blocks(model.decoder)
+
+
+def checkpoint_blocks(model: Any, keep_attention: bool = False, every: int = 1) -> None:
+    """Has ``model`` recompute blocks in its backward pass: the same gradients from less memory.
+
+    Of the blocks in the order they run, every ``every``-th is recomputed from its inputs, or with ``keep_attention``
+    from those and its attention's output. Raises UserError where the model's class does not support it.
+    """
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        raise UserError(f"{type(model).__name__} cannot recompute blocks; set memory.checkpointing to none")
+    model.enable_gradient_checkpointing(_Recompute(keep_attention, every))
+
+
+class _Recompute:
+    """Called by the model in place of each block."""
+
+    def __init__(self, keep_attention: bool, every: int) -> None:
+        self._every = every
+        self._numbers: dict[Callable[..., Any], int] = {}
+        self._options: dict[str, Any] = {}
+        if keep_attention:
+            self._options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
+
+    def __call__(self, block: Callable[..., Any], *arguments: Any) -> Any:
+        number = self._numbers.setdefault(block, len(self._numbers))
+        if number % self._every:
+            return block(*arguments)
+        # Nothing in a block is random, so there is no state to restore.
+        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, **self._options)
+
+
+def _keep_attention(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
