@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from .stochastic_round import reference as round_reference
 
 _GROUP = 256
 _PLACES = 65536
+_SINGLE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 # ---- maps --------------------------------------------------------------------------------------------------
 
@@ -41,16 +42,16 @@ def dynamic_map(signed: bool) -> Tensor:
     """Return what the 256 bytes stand for, ascending: seven decades up to 1, each twice as dense as the one below."""
     decades = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, device="cpu")
+        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, **_SINGLE)
         decades.append((edges[:-1] + edges[1:]) / 2 * 10 ** (decade - 6))
     magnitudes = torch.cat(decades)
-    ends = torch.tensor([0.0, 1.0], device="cpu")
+    ends = torch.tensor([0.0, 1.0], **_SINGLE)
     return torch.cat([magnitudes, -magnitudes, ends] if signed else [magnitudes, ends]).sort().values
 
 
 def _bytes_of_places(entries: Tensor) -> Tensor:
     """Return the byte of the nearest entry for each of the even steps from -1 to 1; of two, the lower."""
-    steps = torch.arange(_PLACES, dtype=torch.float32, device="cpu") * 2 / (_PLACES - 1) - 1
+    steps = torch.arange(_PLACES, **_SINGLE) * 2 / (_PLACES - 1) - 1
     return torch.searchsorted((entries[:-1] + entries[1:]) * 0.5, steps).to(torch.uint8)
 
 
@@ -79,7 +80,7 @@ class Adam8bitState:
         """Return the state before the first step: both moments are zero."""
         moment = [
             torch.zeros(parameter.shape, dtype=torch.uint8, device=parameter.device),
-            torch.zeros(-(-parameter.numel() // _GROUP), device=parameter.device),
+            torch.zeros(-(-parameter.numel() // _GROUP), dtype=torch.float32, device=parameter.device),
         ]
         return cls(*moment, *(tensor.clone() for tensor in moment))
 
@@ -116,7 +117,9 @@ def reference(
     m = _multiply_add(g, factors.rest1, _widened(state.state1, state.absmax1, MAP1) * factors.beta1)
     v = _multiply_add(g * factors.rest2, g, _widened(state.state2, state.absmax2, MAP2) * factors.beta2)
     old = parameter.flatten().float()
-    change = m * factors.rate / (v.sqrt() / factors.root + factors.eps)
+    # Rounded from float64: PyTorch's own float32 root may be off by its last bit.
+    deviation = v.double().sqrt().float() / factors.root
+    change = m * factors.rate / (deviation + factors.eps)
     stepped = (old - (change + old * factors.decay)).view(parameter.shape)
     if parameter.dtype == torch.bfloat16:
         round_reference(parameter, stepped, seed, offset)
@@ -127,8 +130,15 @@ def reference(
 
 
 def _multiply_add(x: Tensor, y: Tensor | float, z: Tensor) -> Tensor:
-    """Return x * y + z in float64, which holds the product exactly, rounded to float32: as good as a fused one."""
-    return (x.double() * (y.double() if isinstance(y, Tensor) else y) + z.double()).float()
+    """Return x * y + z of float32, rounded once."""
+    # Exact.
+    product = x.double() * (y.double() if isinstance(y, Tensor) else y)
+    total = product + z
+    # What float64 has lost (Knuth's sum) must leave its trace in the last bit, or float32 could see a tie.
+    of_z = total - product
+    lost = (product - (total - of_z)) + (z - of_z)
+    traceless = (lost != 0) & (total.view(torch.int64) & 1 == 0) & total.isfinite()
+    return torch.where(traceless, total.nextafter(torch.full_like(lost, math.inf).copysign(lost)), total).float()
 
 
 def _widened(codes: Tensor, absmax: Tensor, entries: Tensor) -> Tensor:
@@ -143,8 +153,7 @@ def _narrow(values: Tensor, codes: Tensor, absmax: Tensor, table: Tensor) -> Non
     absmax.copy_(groups.abs().nan_to_num(nan=0.0, posinf=math.inf).amax(dim=1))
     # 0 / 0 is NaN, too.
     scaled = (groups * (1 / absmax)[:, None]).nan_to_num(nan=-1.0).clamp(-1, 1)
-    # The product with 65535 is exact in float64.
-    places = (((scaled + 1) * 0.5).double() * (_PLACES - 1) + 0.5).float().long()
+    places = _multiply_add((scaled + 1) * 0.5, _PLACES - 1, torch.full_like(scaled, 0.5)).long()
     codes.copy_(table.to(codes.device)[places].flatten()[: len(values)].view(codes.shape))
 
 

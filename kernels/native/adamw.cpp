@@ -10,14 +10,16 @@ namespace {
 constexpr int64_t GROUP = 256;
 static_assert(BLOCK % PIECE == 0 && PIECE % GROUP == 0, "no group is split between threads or draws");
 
-// Lookups are scalar: they gain nothing from gathers, and run beside the vectors' arithmetic.
+// Writes the `count` elements from `begin` on, and zeros up to the length of a group.
 inline void widen(const Moment& moment, int64_t begin, int64_t count, float* values) {
   const uint8_t* codes = moment.codes + begin;
+  const float* map = moment.map;
   const float absmax = moment.absmax[begin / GROUP];
-  for (int64_t i = 0; i < count; ++i) values[i] = moment.map[codes[i]] * absmax;
+  for (int64_t i = 0; i < count; ++i) values[i] = map[codes[i]] * absmax;
+  for (int64_t i = count; i < GROUP; ++i) values[i] = 0.0f;
 }
 
-// Zeros must follow the `count` values, up to the length of a group.
+// The opposite, of what `widen` wrote or something in its place.
 inline void narrow(const Moment& moment, int64_t begin, int64_t count, const float* values) {
   Step largest{};
   sweep(GROUP, false, [&](int64_t i, auto extent) {
@@ -46,7 +48,8 @@ inline void narrow(const Moment& moment, int64_t begin, int64_t count, const flo
                  }));
   });
   uint8_t* codes = moment.codes + begin;
-  for (int64_t i = 0; i < count; ++i) codes[i] = moment.table[places[i]];
+  const uint8_t* table = moment.table;
+  for (int64_t i = 0; i < count; ++i) codes[i] = table[places[i]];
 }
 
 // `random` has a number for each of the `count` elements from `begin` on, where P is bfloat16.
@@ -54,7 +57,7 @@ template <class P, class G>
 void step_group(const Adamw8bit& call, int64_t begin, int64_t count, const uint16_t* random) {
   auto* parameter = static_cast<typename P::Element*>(call.parameter) + begin;
   const auto* gradient = static_cast<const typename G::Element*>(call.gradient) + begin;
-  float first[GROUP] = {}, second[GROUP] = {};
+  float first[GROUP], second[GROUP];
   widen(call.first, begin, count, first);
   widen(call.second, begin, count, second);
   sweep(count, false, [&](int64_t i, auto extent) {

@@ -29,7 +29,6 @@ typedef float Floats __attribute__((vector_size(REGISTER)));
 typedef uint32_t Words __attribute__((vector_size(REGISTER)));
 typedef uint16_t Halves __attribute__((vector_size(REGISTER / 2)));
 typedef int32_t Integers __attribute__((vector_size(REGISTER)));
-typedef double Doubles __attribute__((vector_size(REGISTER)));
 
 constexpr int64_t STEP = 32;
 constexpr int64_t PARTS = STEP * 4 / REGISTER;
@@ -102,17 +101,19 @@ inline Step square_root(const Step& x) {
   });
 }
 
-// x * y + z in double, which holds the product exactly, rounded to float.
+// x * y + z, rounded once.
 inline Step multiply_add(const Step& x, const Step& y, const Step& z) {
-  typedef float HalfRegister __attribute__((vector_size(REGISTER / 2)));
-  using Pair = Parts<HalfRegister, 2>;
   return each([&](int64_t p) {
-    const Pair a = bits<Pair>(x.part[p]), b = bits<Pair>(y.part[p]), c = bits<Pair>(z.part[p]);
-    return bits<Floats>(each<2>([&](int64_t h) {
-      const Doubles sum = __builtin_convertvector(a.part[h], Doubles) * __builtin_convertvector(b.part[h], Doubles) +
-                          __builtin_convertvector(c.part[h], Doubles);
-      return __builtin_convertvector(sum, HalfRegister);
-    }));
+    const Floats a = x.part[p], b = y.part[p], c = z.part[p];
+#if defined(__AVX512F__)
+    return bits<Floats>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c)));
+#elif defined(__FMA__)
+    return bits<Floats>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
+#else
+    Floats sum;
+    for (uint64_t lane = 0; lane < sizeof(sum) / 4; ++lane) sum[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return sum;
+#endif
   });
 }
 

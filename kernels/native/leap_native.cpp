@@ -37,7 +37,7 @@ Isa detect() {
   const char* asked = std::getenv("LEAP_NATIVE_ISA");
   const std::string cap = asked == nullptr ? "avx512" : asked;
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
   if (avx512 && cap == "avx512") return Isa::avx512;
