@@ -59,6 +59,11 @@ MAP1, MAP2 = dynamic_map(signed=True), dynamic_map(signed=False)
 _TABLE1, _TABLE2 = _bytes_of_places(MAP1), _bytes_of_places(MAP2)
 
 
+def _layout(parameter: Tensor) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+    """Return dtype and shape of the four tensors of a state."""
+    return 2 * ((torch.uint8, tuple(parameter.shape)), (torch.float32, (-(-parameter.numel() // _GROUP),)))
+
+
 @dataclass(frozen=True)
 class Adam8bitState:
     """The moments of a parameter of n elements, as bitsandbytes keeps them (`MAP1` and `MAP2` are its qmap1 and qmap2).
@@ -69,20 +74,16 @@ class Adam8bitState:
     state1: Tensor
     """First moment: uint8, shape of the parameter."""
     absmax1: Tensor
-    """Largest magnitudes of the first moment: float32, (ceil(n / 256),)."""
+    """Its largest magnitudes: float32, (ceil(n / 256),)."""
     state2: Tensor
     """Second moment: uint8, shape of the parameter."""
     absmax2: Tensor
-    """Largest magnitudes of the second moment: float32, (ceil(n / 256),)."""
+    """Its largest magnitudes: float32, (ceil(n / 256),)."""
 
     @classmethod
     def zeros_like(cls, parameter: Tensor) -> Adam8bitState:
         """Return the state before the first step: both moments are zero."""
-        moment = [
-            torch.zeros(parameter.shape, dtype=torch.uint8, device=parameter.device),
-            torch.zeros(-(-parameter.numel() // _GROUP), dtype=torch.float32, device=parameter.device),
-        ]
-        return cls(*moment, *(tensor.clone() for tensor in moment))
+        return cls(*(torch.zeros(shape, dtype=dtype, device=parameter.device) for dtype, shape in _layout(parameter)))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return state1, absmax1, state2 and absmax2."""
@@ -96,17 +97,14 @@ class Factors(NamedTuple):
     """What a step multiplies by, each a number of float32."""
 
     beta1: float
-    rest1: float
+    rest1: float  # 1 - beta1
     beta2: float
-    rest2: float
+    rest2: float  # 1 - beta2
     gradient_scale: float
-    rate: float
-    """lr / (1 - beta1^step)"""
-    root: float
-    """sqrt(1 - beta2^step)"""
+    rate: float  # lr / (1 - beta1^step)
+    root: float  # sqrt(1 - beta2^step)
     eps: float
-    decay: float
-    """lr * weight_decay"""
+    decay: float  # lr * weight_decay
 
 
 def reference(
@@ -285,9 +283,7 @@ def _check(parameter: Tensor, gradient: Tensor, state: Adam8bitState) -> None:
         if tensor.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"adamw_8bit_step_ takes float32 and bfloat16, but {name} is {tensor.dtype}.")
     check_writable("adamw_8bit_step_", "parameter", parameter, "gradient", gradient)
-    groups = (-(-parameter.numel() // _GROUP),)
-    wanted = 2 * ((torch.uint8, tuple(parameter.shape)), (torch.float32, groups))
-    for tensor, (dtype, shape) in zip(state.tensors(), wanted, strict=True):
+    for tensor, (dtype, shape) in zip(state.tensors(), _layout(parameter), strict=True):
         if (tensor.dtype, tuple(tensor.shape), tensor.device) != (dtype, shape, parameter.device):
             raise ValueError(
                 f"adamw_8bit_step_ needs a state of {dtype} {shape} on {parameter.device}, not {tensor.dtype} "
