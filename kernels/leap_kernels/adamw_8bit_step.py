@@ -6,13 +6,12 @@
     parameter = parameter - change      any shape; float32, or bfloat16 rounded as `stochastic_round_` does
 
 A moment is stored as bitsandbytes stores it ("8-bit Optimizers via Block-wise Quantization", Dettmers et al., 2021):
-in row-major order, 256 elements share their largest magnitude `absmax`, and an element is map[byte] * absmax. The
-step computes what `bitsandbytes::optimizer_update_8bit_blockwise` of bitsandbytes 0.50.2 computes on a CPU, byte for
-byte, but not the same weights: bitsandbytes rounds bfloat16 to nearest, and with the factor 1 - lr * weight_decay, in
-float32, loses a decay below 3e-8.
+in row-major order, 256 elements share their largest magnitude `absmax`, and an element is map[byte] * absmax. Bytes
+and absmax come out as from bitsandbytes 0.50.2 on a CPU. The weights do not: bitsandbytes rounds bfloat16 to nearest,
+and its factor 1 - lr * weight_decay, in float32, loses a decay below 3e-8.
 
-The byte of x = element / absmax is not always that of the nearest entry of the map: bitsandbytes first rounds x to the
-nearest of 65536 even steps from -1 to 1. Hence 0 becomes 2e-5 (of absmax), and no smaller magnitude exists.
+The byte of x = element / absmax is not always that of the nearest entry of the map: bitsandbytes, on a CPU, rounds x
+to the nearest of 65536 even steps from -1 to 1 first. Hence 0 becomes 2e-5, and nothing smaller exists.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _GROUP = 256
 _PLACES = 65536
 _SINGLE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
-# ---- maps --------------------------------------------------------------------------------------------------
+# ---- format ------------------------------------------------------------------------------------------------
 
 
 def dynamic_map(signed: bool) -> Tensor:
@@ -44,9 +43,8 @@ def dynamic_map(signed: bool) -> Tensor:
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, **_SINGLE)
         decades.append((edges[:-1] + edges[1:]) / 2 * 10 ** (decade - 6))
-    magnitudes = torch.cat(decades)
-    ends = torch.tensor([0.0, 1.0], **_SINGLE)
-    return torch.cat([magnitudes, -magnitudes, ends] if signed else [magnitudes, ends]).sort().values
+    negative = [-entries for entries in decades] if signed else []
+    return torch.cat([*decades, *negative, torch.tensor([0.0, 1.0], **_SINGLE)]).sort().values
 
 
 def _bytes_of_places(entries: Tensor) -> Tensor:
@@ -116,8 +114,7 @@ def reference(
     v = _multiply_add(g * factors.rest2, g, _widened(state.state2, state.absmax2, MAP2) * factors.beta2)
     old = parameter.flatten().float()
     # Rounded from float64: PyTorch's own float32 root may be off by its last bit.
-    deviation = v.double().sqrt().float() / factors.root
-    change = m * factors.rate / (deviation + factors.eps)
+    change = m * factors.rate / (v.double().sqrt().float() / factors.root + factors.eps)
     stepped = (old - (change + old * factors.decay)).view(parameter.shape)
     if parameter.dtype == torch.bfloat16:
         round_reference(parameter, stepped, seed, offset)
@@ -129,8 +126,7 @@ def reference(
 
 def _multiply_add(x: Tensor, y: Tensor | float, z: Tensor) -> Tensor:
     """Return x * y + z of float32, rounded once."""
-    # Exact.
-    product = x.double() * (y.double() if isinstance(y, Tensor) else y)
+    product = x.double() * (y.double() if isinstance(y, Tensor) else y)  # exact
     total = product + z
     # What float64 has lost (Knuth's sum) must leave its trace in the last bit, or float32 could see a tie.
     of_z = total - product
@@ -163,8 +159,8 @@ def native_step(
 ) -> None:
     """Take the step on contiguous tensors with native/adamw.cpp; arguments as for `reference`."""
     tensors = (parameter, gradient, *state.tensors(), MAP1, _TABLE1, MAP2, _TABLE2)
-    dtypes = (parameter.dtype, gradient.dtype)
-    _native.call("leap_adamw_8bit_step", *tensors, *factors, seed, offset, parameter.numel(), *dtypes)
+    numbers = (*factors, seed, offset, parameter.numel())
+    _native.call("leap_adamw_8bit_step", *tensors, *numbers, parameter.dtype, gradient.dtype)
 
 
 # ---- dispatch ----------------------------------------------------------------------------------------------
@@ -240,8 +236,8 @@ def adamw_8bit_step_(
     """Take one step of AdamW on `parameter` and its `state`, in place, and return `parameter`.
 
     Weight, decay and update are combined in float32. A float32 parameter takes the result as it is, a bfloat16 one
-    rounds it stochastically, once, with the bits that `stochastic_round_` draws for `seed` and `offset`: so its
-    expectation moves by the whole step, however small. Draw from new positions at every step.
+    rounds it stochastically, once, with the bits that `stochastic_round_` draws for `seed` and `offset`: on average it
+    moves as a float32 one would. Draw from new positions at every step.
 
     A NaN or infinity in the gradient makes its own weight NaN. In the state it stays within the 256 elements that share
     an `absmax`: NaN is stored as the lowest byte (of the first moment -0.99 absmax, of the second 0), as bitsandbytes
@@ -272,9 +268,8 @@ def adamw_8bit_step_(
     _check(parameter, gradient, state)
     _check_numbers(lr, beta1, beta2, eps, weight_decay, step)
     check_draws("adamw_8bit_step_", seed, offset, parameter.numel())
-    signed_seed = seed if seed < 1 << 63 else seed - (1 << 64)
-    numbers = (lr, beta1, beta2, eps, weight_decay, step, gradient_scale, signed_seed, offset)
-    _step(parameter, *state.tensors(), gradient, *numbers)
+    numbers = (lr, beta1, beta2, eps, weight_decay, step, gradient_scale)
+    _step(parameter, *state.tensors(), gradient, *numbers, seed if seed < 1 << 63 else seed - (1 << 64), offset)
     return parameter
 
 
