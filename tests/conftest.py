@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -24,6 +25,15 @@ hypothesis.settings.register_profile("project", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("project")
 
 
+def _no_bitsandbytes() -> str | None:
+    """Ask for the version that `adamw_8bit_step_` is the same as, and for a processor where that is so."""
+    version = importlib.metadata.version("bitsandbytes")
+    if version != "0.50.2":
+        return f"bitsandbytes {version} may compute otherwise than 0.50.2"
+    fused = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return None if fused else "bitsandbytes rounds otherwise without AVX2"
+
+
 def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
@@ -42,6 +52,7 @@ def _no_sanitizers() -> str | None:
 
 # Marker -> why its tests cannot run here, or None.
 SKIP_RULES: dict[str, Callable[[], str | None]] = {
+    "bitsandbytes": _no_bitsandbytes,
     "cuda": _no_cuda,
     "hub": lambda: None if importlib.util.find_spec("kernels") else "Hugging Face's kernels package is not installed",
     "native": _native.unavailable,

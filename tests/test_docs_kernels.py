@@ -61,7 +61,8 @@ def test_results_cover_the_catalog() -> None:
     rooflines = [line["roofline"] for line in audited if line["roofline"]]
     assert {roofline["status"] for roofline in rooflines} == {"computed, not measured"}
     measured = [json.loads(line) for line in (results / "bench.jsonl").read_text().splitlines()]
-    assert {line["op"] for line in measured} == {op.name for op in OPS}
+    # That one is measured beside bitsandbytes, by benchmarks/host_adamw.py.
+    assert {line["op"] for line in measured} == {op.name for op in OPS} - {"adamw_8bit_step_"}
 
 
 def test_tables_are_rewritten_from_other_results(tables: ModuleType, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ checks its arguments and picks a backend. Nothing here needs `leapalign`.
 """
 
 from ._dispatch import BackendUnavailable, Explanation, explain, use_backend
+from .adamw_8bit_step import Adam8bitState, adamw_8bit_step_
 from .combine_gradient_terms import combine_gradient_terms
 from .consistency_weighted_loss import consistency_weighted_loss
 from .ema_update import ema_update_
@@ -15,8 +16,10 @@ from .scale_gradient import scale_gradient
 from .stochastic_round import stochastic_round_
 
 __all__ = [
+    "Adam8bitState",
     "BackendUnavailable",
     "Explanation",
+    "adamw_8bit_step_",
     "combine_gradient_terms",
     "consistency_weighted_loss",
     "ema_update_",

@@ -57,6 +57,18 @@ def check_writable(op: str, to_name: str, to: Tensor, source_name: str, source: 
         raise ValueError(f"{op} cannot write to an expanded {to_name}: its elements share memory.")
 
 
+def check_draws(op: str, seed: int, offset: int, count: int) -> None:
+    """Check that `count` elements, from position `offset` on, have random bits under `seed`.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"{op} needs a seed in [0, 2^64), not {seed}.")
+    if not 0 <= offset <= (1 << 63) - max(1, count):
+        raise ValueError(f"{op} needs an offset in [0, 2^63 - elements], not {offset}.")
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype of the arithmetic: float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -230,4 +230,5 @@ OPS: tuple[OpSpec, ...] = (
     ),
     OpSpec("stochastic_round_", "src rounded to bfloat16, up or down with the odds that make it unbiased", (_ROUND,)),
     OpSpec("ema_update_", "average + (1 - decay) * (weights - average)", (_EMA,)),
+    OpSpec("adamw_8bit_step_", "parameter - lr * (mhat / (sqrt(vhat) + eps) + weight_decay * parameter), 8-bit m, v"),
 )

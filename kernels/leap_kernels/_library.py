@@ -57,8 +57,8 @@ def define(
     return call
 
 
-def define_in_place(signature: str, run: Callable[..., None]) -> Callable[..., None]:
-    """Define an op that writes into its first argument and returns nothing, and return a function that calls it."""
+def define_in_place(signature: str, run: Callable[..., None], written: int = 1) -> Callable[..., None]:
+    """Define an op that writes into its first arguments and returns nothing, and return a function that calls it."""
     op = _defined(signature, run, lambda *_: None)
 
     def call(*arguments: Any) -> None:
@@ -66,8 +66,8 @@ def define_in_place(signature: str, run: Callable[..., None]) -> Callable[..., N
             op(*arguments)
             return
         run(*arguments)
-        # So that autograd notices, as it does after any op in place, if it had saved the tensor.
-        torch.autograd.graph.increment_version(arguments[0])
+        # So that autograd notices, as it does after any op in place, if it had saved a tensor.
+        torch.autograd.graph.increment_version(arguments[:written])
 
     return call
 

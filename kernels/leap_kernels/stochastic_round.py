@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._arguments import check_writable
+from ._arguments import check_draws, check_writable
 from ._dispatch import choose, register, unsupported
 from ._library import define_in_place
 from ._triton import jit_for_any, tl, triton
@@ -176,7 +176,4 @@ def _check(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
     if dst.dtype != torch.bfloat16 or src.dtype != torch.float32:
         raise ValueError(f"stochastic_round_ rounds float32 to bfloat16, not {src.dtype} to {dst.dtype}.")
     check_writable("stochastic_round_", "dst", dst, "src", src)
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"stochastic_round_ needs a seed in [0, 2^64), not {seed}.")
-    if not 0 <= offset <= (1 << 63) - max(1, src.numel()):
-        raise ValueError(f"stochastic_round_ needs an offset in [0, 2^63 - elements], not {offset}.")
+    check_draws("stochastic_round_", seed, offset, src.numel())

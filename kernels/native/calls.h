@@ -71,6 +71,26 @@ struct EmaUpdate {
   int32_t dtype, weights_dtype;
 };
 
+// A moment of a parameter, in bytes.
+struct Moment {
+  uint8_t* codes;
+  float* absmax;
+  const float* map;
+  const uint8_t* table;
+  float keep, take;
+};
+
+struct Adamw8bit {
+  void* parameter;
+  const void* gradient;
+  Moment first, second;
+  float gradient_scale, rate, root, eps, decay;
+  uint64_t seed;
+  int64_t offset;
+  Size size;
+  int32_t dtype, gradient_dtype;
+};
+
 #define LEAP_DECLARE_KERNELS(isa)           \
   namespace isa {                           \
   int32_t run(const Connector& call);       \
@@ -80,6 +100,7 @@ struct EmaUpdate {
   int32_t run(const EulerStep& call);       \
   int32_t run(const StochasticRound& call); \
   int32_t run(const EmaUpdate& call);       \
+  int32_t run(const Adamw8bit& call);       \
   }
 
 LEAP_DECLARE_KERNELS(baseline)

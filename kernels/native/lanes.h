@@ -28,6 +28,7 @@ constexpr int64_t REGISTER = 16;
 typedef float Floats __attribute__((vector_size(REGISTER)));
 typedef uint32_t Words __attribute__((vector_size(REGISTER)));
 typedef uint16_t Halves __attribute__((vector_size(REGISTER / 2)));
+typedef int32_t Integers __attribute__((vector_size(REGISTER)));
 
 constexpr int64_t STEP = 32;
 constexpr int64_t PARTS = STEP * 4 / REGISTER;
@@ -73,8 +74,47 @@ inline Step operator*(const Step& x, const Step& y) {
 inline Step operator*(const Step& x, float factor) {
   return each([&](int64_t p) { return x.part[p] * factor; });
 }
+inline Step operator/(const Step& x, const Step& y) {
+  return each([&](int64_t p) { return x.part[p] / y.part[p]; });
+}
 inline Step absolute(const Step& x) {
   return each([&](int64_t p) { return bits<Floats>(bits<Words>(x.part[p]) & 0x7fffffffu); });
+}
+
+inline Step all(float value) {
+  return each([&](int64_t) { return Floats{} + value; });
+}
+
+inline Step square_root(const Step& x) {
+  return each([&](int64_t p) {
+#if defined(__AVX512F__)
+    return bits<Floats>(_mm512_sqrt_ps(bits<__m512>(x.part[p])));
+#elif defined(__AVX2__)
+    return bits<Floats>(_mm256_sqrt_ps(bits<__m256>(x.part[p])));
+#elif defined(__SSE2__)
+    return bits<Floats>(_mm_sqrt_ps(bits<__m128>(x.part[p])));
+#else
+    Floats root;
+    for (uint64_t lane = 0; lane < sizeof(root) / 4; ++lane) root[lane] = __builtin_sqrtf(x.part[p][lane]);
+    return root;
+#endif
+  });
+}
+
+// x * y + z, rounded once.
+inline Step multiply_add(const Step& x, const Step& y, const Step& z) {
+  return each([&](int64_t p) {
+    const Floats a = x.part[p], b = y.part[p], c = z.part[p];
+#if defined(__AVX512F__)
+    return bits<Floats>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c)));
+#elif defined(__FMA__)
+    return bits<Floats>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
+#else
+    Floats sum;
+    for (uint64_t lane = 0; lane < sizeof(sum) / 4; ++lane) sum[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return sum;
+#endif
+  });
 }
 
 inline double sum(const Step& x) {
@@ -96,6 +136,15 @@ struct BFloat16 {
     const Words word = bits<Words>(value);
     const Words nearest = word + 0x7fffu + ((word >> 16) & 1u);
     return value == value ? nearest : all(0x7fc00000u);
+  }
+
+  // Adds a random number below the cut and keeps what is above it. What would carry into an infinite exponent is cut
+  // without it: so infinity stays, and a finite value stays finite. NaN stays by its quiet bit.
+  static Halves round_off(Floats value, Halves random) {
+    const Words word = bits<Words>(value);
+    const Words rounded = word + __builtin_convertvector(random, Words);
+    const Words kept = (rounded & 0x7f800000u) == 0x7f800000u ? word : rounded;
+    return __builtin_convertvector((value == value ? kept : word | 0x400000u) >> 16, Halves);
   }
 };
 
@@ -166,6 +215,8 @@ struct InOrder {
     return each([&](int64_t p) { return Format::narrow(value.part[p]); });
   }
 };
+
+using Brain = InOrder<BFloat16>;
 
 // bfloat16 with the even elements in the first half of the registers and the odd ones in the second: no lane moves,
 // which is what the conversion of InOrder waits for.
@@ -276,6 +327,13 @@ inline Step load(const typename T::Element* from, Extent extent) {
 template <class T, class Extent>
 inline void store(typename T::Element* to, const Step& value, Extent extent) {
   extent.write(to, T::narrow(value));
+}
+
+// Rounds to bfloat16 by the numbers at `random`, one for each element.
+template <class Extent>
+inline void store_rounded_off(uint16_t* to, const Step& value, const uint16_t* random, Extent extent) {
+  const Brain::Raw numbers = read<Brain>(random, extent);
+  extent.write(to, each([&](int64_t p) { return BFloat16::round_off(value.part[p], numbers.part[p]); }));
 }
 
 // Calls body(first element of the step, its extent) for all steps of `count` elements.

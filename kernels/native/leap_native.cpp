@@ -37,7 +37,7 @@ Isa detect() {
   const char* asked = std::getenv("LEAP_NATIVE_ISA");
   const std::string cap = asked == nullptr ? "avx512" : asked;
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
   if (avx512 && cap == "avx512") return Isa::avx512;
@@ -145,4 +145,16 @@ int32_t leap_stochastic_round(const float* from, void* to, uint64_t seed, int64_
 int32_t leap_ema_update(void* average, const void* weights, float step, int64_t count, int32_t dtype,
                         int32_t weights_dtype, int32_t threads) {
   return dispatch(EmaUpdate{average, weights, step, {1, count, threads}, dtype, weights_dtype});
+}
+
+int32_t leap_adamw_8bit_step(void* parameter, const void* gradient, uint8_t* state1, float* absmax1, uint8_t* state2,
+                             float* absmax2, const float* map1, const uint8_t* table1, const float* map2,
+                             const uint8_t* table2, float beta1, float rest1, float beta2, float rest2,
+                             float gradient_scale, float rate, float root, float eps, float decay, uint64_t seed,
+                             int64_t offset, int64_t count, int32_t dtype, int32_t gradient_dtype, int32_t threads) {
+  return dispatch(Adamw8bit{parameter, gradient,
+                            {state1, absmax1, map1, table1, beta1, rest1},
+                            {state2, absmax2, map2, table2, beta2, rest2},
+                            gradient_scale, rate, root, eps, decay, seed, offset, {1, count, threads}, dtype,
+                            gradient_dtype});
 }

@@ -13,7 +13,7 @@
 #define LEAP_API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; leap_kernels/_native.py refuses any other value.
-constexpr int32_t LEAP_ABI = 2;
+constexpr int32_t LEAP_ABI = 3;
 
 enum LeapDtype : int32_t { LEAP_FLOAT32 = 0, LEAP_BFLOAT16 = 1, LEAP_FLOAT16 = 2 };
 
@@ -69,3 +69,17 @@ LEAP_API int32_t leap_stochastic_round(const float* from, void* to, uint64_t see
 // average = average + step * (weights - average), in place.
 LEAP_API int32_t leap_ema_update(void* average, const void* weights, float step, int64_t count, int32_t dtype,
                                  int32_t weights_dtype, int32_t threads);
+
+// A step of AdamW on a parameter of `dtype`, in place, with a gradient of `gradient_dtype`, each float or bfloat16.
+// Element i of moment n is mapn[staten[i]] * absmaxn[i / 256]. With m and v the moments after the step,
+//   m = beta1 * m + rest1 * g,  v = beta2 * v + rest2 * g^2,  g = gradient_scale * gradient
+//   parameter = parameter - (rate * m / (sqrt(v) / root + eps) + decay * parameter)
+// where bfloat16 is rounded as leap_stochastic_round does. A moment then becomes bytes again: absmax is the largest
+// magnitude of its 256 elements, NaN aside, and the byte is tablen[(1 + x) / 2 * 65535, rounded] for x = element /
+// absmax, or tablen[0] for NaN.
+LEAP_API int32_t leap_adamw_8bit_step(void* parameter, const void* gradient, uint8_t* state1, float* absmax1,
+                                      uint8_t* state2, float* absmax2, const float* map1, const uint8_t* table1,
+                                      const float* map2, const uint8_t* table2, float beta1, float rest1, float beta2,
+                                      float rest2, float gradient_scale, float rate, float root, float eps,
+                                      float decay, uint64_t seed, int64_t offset, int64_t count, int32_t dtype,
+                                      int32_t gradient_dtype, int32_t threads);

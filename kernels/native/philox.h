@@ -83,4 +83,16 @@ inline void draw(uint64_t seed, uint64_t counter, int64_t count, uint16_t* numbe
   }
 }
 
+// Drawn by the piece, so that reading memory and the arithmetic of the draws overlap.
+constexpr int64_t PIECE = 1024;
+using Numbers = uint16_t[PIECE + (UNROLL * WIDTH + 1) * NUMBERS];
+
+// Draws the numbers of `count` positions, at most PIECE, from `position` on, and returns where the first one is.
+inline const uint16_t* draw(uint64_t seed, int64_t position, int64_t count, Numbers& numbers) {
+  const uint64_t first = static_cast<uint64_t>(position);
+  const int64_t skip = static_cast<int64_t>(first % NUMBERS);
+  draw(seed, first / NUMBERS, (skip + count + NUMBERS - 1) / NUMBERS, &numbers[0]);
+  return numbers + skip;
+}
+
 }  // namespace

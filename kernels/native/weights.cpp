@@ -6,35 +6,15 @@
 namespace LEAP_ISA {
 namespace {
 
-using Brain = InOrder<BFloat16>;
-
-// Adds a random number below the cut and keeps what is above it. What would carry into an infinite exponent is cut
-// without it: so infinity stays, and a finite value stays finite. NaN stays by its quiet bit.
-inline Halves round_off(Floats value, Halves random) {
-  const Words word = bits<Words>(value);
-  const Words rounded = word + __builtin_convertvector(random, Words);
-  const Words kept = (rounded & 0x7f800000u) == 0x7f800000u ? word : rounded;
-  return __builtin_convertvector((value == value ? kept : word | 0x400000u) >> 16, Halves);
-}
-
-// Drawn by the piece, so that reading memory and the arithmetic of the draws overlap.
-constexpr int64_t PIECE = 1024;
-
 void round_block(const StochasticRound& call, const Size& size, const Block& block) {
-  uint16_t numbers[PIECE + (UNROLL * WIDTH + 1) * NUMBERS];
+  Numbers numbers;
   for (int64_t begin = block.begin; begin < block.begin + block.count; begin += PIECE) {
     const int64_t count = smaller(PIECE, block.begin + block.count - begin);
-    const uint64_t first = static_cast<uint64_t>(call.offset + begin);
-    const int64_t skip = static_cast<int64_t>(first % NUMBERS);
-    draw(call.seed, first / NUMBERS, (skip + count + NUMBERS - 1) / NUMBERS, numbers);
-    const uint16_t* random = numbers + skip;
+    const uint16_t* random = draw(call.seed, call.offset + begin, count, numbers);
     const float* from = call.from + begin;
     uint16_t* to = call.to + begin;
     sweep(count, streamed<Brain>(to, size), [=](int64_t i, auto extent) {
-      const Step value = load<Float32>(from + i, extent);
-      Brain::Raw half = read<Brain>(random + i, extent);
-      for (int64_t p = 0; p < PARTS; ++p) half.part[p] = round_off(value.part[p], half.part[p]);
-      extent.write(to + i, half);
+      store_rounded_off(to + i, load<Float32>(from + i, extent), random + i, extent);
     });
   }
 }

@@ -97,7 +97,7 @@ def test_native_bits_do_not_depend_on_threads(case: Case, dtype: torch.dtype) ->
 BITS = """
 import hashlib, sys, torch
 import kernel_cases
-from leap_kernels import _native, stochastic_round_, use_backend
+from leap_kernels import Adam8bitState, _native, adamw_8bit_step_, stochastic_round_, use_backend
 torch.manual_seed(0)
 digest = hashlib.sha256()
 with use_backend("native", strict=True):
@@ -107,6 +107,14 @@ with use_backend("native", strict=True):
                 digest.update(result.view(kernel_cases.WORDS[result.dtype]).numpy().tobytes())
     rounded = stochastic_round_(torch.empty(9001, dtype=torch.bfloat16), torch.randn(9001), 5, 3)
     digest.update(rounded.view(torch.int16).numpy().tobytes())
+    for dtype in (torch.float32, torch.bfloat16):
+        parameter = torch.randn(9001).to(dtype)
+        state = Adam8bitState.zeros_like(parameter)
+        numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 5, "offset": 3}
+        for step in (1, 2, 3):
+            adamw_8bit_step_(parameter, torch.randn(9001), state, step=step, **numbers)
+        for result in (parameter.view(kernel_cases.WORDS[dtype]), *state.tensors()):
+            digest.update(result.numpy().tobytes())
 print(_native.describe().split(",")[1].strip(), digest.hexdigest())
 """
 

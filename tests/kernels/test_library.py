@@ -10,7 +10,15 @@ import leap_kernels
 import pytest
 import torch
 from kernel_cases import BACKENDS, Case, by_case, latents
-from leap_kernels import BackendUnavailable, euler_step, leap_update, scale_gradient, stochastic_round_, use_backend
+from leap_kernels import (
+    Adam8bitState,
+    BackendUnavailable,
+    euler_step,
+    leap_update,
+    scale_gradient,
+    stochastic_round_,
+    use_backend,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -28,6 +36,7 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
     x, v, u = (leaf(2, 9, dtype=dtype) for _ in range(3))
     fixed = [latents(2, 9, dtype=dtype) for _ in range(5)]
     delta, scale = torch.rand(2, device=x.device), torch.rand(2, device=x.device)
+    state = Adam8bitState.zeros_like(fixed[0])
     return {
         "leap_update": [(x, v, delta, fixed[0])],
         "leap_distances": [(*fixed, delta, scale)],
@@ -38,13 +47,19 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
         "scaled_twice": [(x, delta, scale, dtype)],
         "stochastic_round_": [(fixed[0].bfloat16(), fixed[1].float(), -3, 5)],
         "ema_update_": [(fixed[0], fixed[1], 0.9)],
+        "adamw_8bit_step_": [
+            (fixed[0], *state.tensors(), fixed[1].float(), 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0.5, -3, 5),
+        ],
     }
+
+
+WITHOUT_TRITON = {"adamw_8bit_step_"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", samples(torch.float32))
 def test_opcheck(name: str, backend: str) -> None:
-    with use_backend(backend, strict=True):
+    with use_backend(backend, strict=backend != "triton" or name not in WITHOUT_TRITON):
         for dtype in (torch.float32, torch.bfloat16):
             for arguments in samples(dtype)[name]:
                 opcheck(getattr(OPS, name).default, arguments)

@@ -82,7 +82,7 @@ def measure(case: Case, size: str, shape: tuple[int, ...], quick: bool = False) 
         "size": size,
         "shape": shape,
         "dtype": str(DTYPE).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "repeats": QUICK_REPEATS if quick else REPEATS,
         **provenance(),
@@ -152,7 +152,7 @@ def row(line: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the CPU's name as Linux knows it, else what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
