@@ -23,6 +23,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class ModelConfig:
     path: str = "embedded:base"
     """Folder in diffusers layout, hub id, or ``embedded:base`` for the tiny model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights, and of the arithmetic in the transformer and the decoder; latents are float32."""
     guidance: NonNegativeFloat = 3.5
     """Guidance scale, for models distilled to take it as an input."""
     true_cfg_scale: NonNegativeFloat = 1.0
@@ -51,6 +53,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """``adamw``: moments in the dtype of the weights; ``adamw_8bit``: in bytes, and bfloat16 weights rounded
+    stochastically."""
     learning_rate: PositiveFloat = 1e-5
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -63,8 +68,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the average, which lives in host memory; bfloat16 is rounded stochastically."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    """Weight average; warms up as ``min(decay, (1 + i) / (10 + i))``."""
+    """At most; warms up as ``n / (9 + n)`` at update n."""
 
 
 @dataclass(frozen=True)

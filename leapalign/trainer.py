@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,15 +26,9 @@ from leapalign.prompts import PromptOrder, read_prompts
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards import get_reward
 from leapalign.rollout import sample_rollout
+from leapalign.streams import INDEX_STREAM, NOISE_STREAM, seed_of
 from leapalign.true_gradient import agreement
 from leapalign.validation import UserError
-
-NOISE_STREAM, INDEX_STREAM = 1, 2
-
-
-def seed_of(seed: int, stream: int, position: int) -> int:
-    """An independent 64-bit seed for each stream and position of a run: nothing random needs saving."""
-    return int(np.random.SeedSequence([seed, stream, position]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass
@@ -81,7 +74,7 @@ class Trainer:
             embeddings=encode_prompts(config.model, prompts),
             reward=reward,
             method=method,
-            optimizer=Optimizer(parameters, config.optimizer, config.ema, config.train.iterations),
+            optimizer=Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed),
         )
 
     def resume(self, checkpoint: Path) -> None:
@@ -112,8 +105,7 @@ class Trainer:
         # The first part may have measured more than the others.
         metrics = {name: float(torch.cat([part[name] for part in parts if name in part]).mean()) for name in parts[0]}
         metrics["learning_rate"] = self.optimizer.learning_rate
-        metrics["grad_norm"] = self.optimizer.step()
-        return metrics
+        return metrics | self.optimizer.step()
 
     def _accumulate(self, positions: range, share: float) -> dict[str, Tensor]:
         """Adds the gradient of ``share`` times the mean loss over the images at ``positions`` of the run."""

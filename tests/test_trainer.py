@@ -89,9 +89,11 @@ def test_two_runs_are_bit_equal_and_move_the_weights(parts: Path, tmp_path: Path
     assert not torch.equal(weights(first), weights(other))
 
 
-def test_resume_is_bit_equal_to_not_stopping(parts: Path, tmp_path: Path) -> None:
-    whole = train(config_of(parts, tmp_path / "whole", "optimizer.warmup_iterations=3"))
-    stopped = Trainer.from_config(config_of(parts, tmp_path / "cut", "optimizer.warmup_iterations=3"))
+@pytest.mark.parametrize("small", [(), ("model.dtype=bfloat16", "optimizer.name=adamw_8bit", "ema.dtype=float32")])
+def test_resume_is_bit_equal_to_not_stopping(parts: Path, tmp_path: Path, small: tuple[str, ...]) -> None:
+    asked = ("optimizer.warmup_iterations=3", *small)
+    whole = train(config_of(parts, tmp_path / "whole", *asked))
+    stopped = Trainer.from_config(config_of(parts, tmp_path / "cut", *asked))
     run = tmp_path / "cut"
     run.mkdir()
     with MetricsLog(run, 0) as log:
@@ -99,7 +101,7 @@ def test_resume_is_bit_equal_to_not_stopping(parts: Path, tmp_path: Path) -> Non
             log.write(record)
             if record["iteration"] == 3:  # one iteration past the checkpoint: lost, and done again
                 break
-    resumed = train(config_of(parts, run, "optimizer.warmup_iterations=3"), resume=True)
+    resumed = train(config_of(parts, run, *asked), resume=True)
     assert torch.equal(weights(whole), weights(resumed))
     for folder in (TRANSFORMER, AVERAGE):
         a, b = (read_weights(tmp_path / name / "checkpoints" / "step-4" / folder) for name in ("whole", "cut"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from leapalign.config import ModelConfig
 from leapalign.embedded import resolve
 from leapalign.models import flux
@@ -14,7 +16,8 @@ from leapalign.models.velocity import GuidedEmbeddings
 
 def load_model(config: ModelConfig) -> FlowModel[Any]:
     """The model that ``config`` names. Raises UserError where it cannot be read."""
-    return flux.FluxModel.load(resolve(config.path), config.height, config.width, config.guidance)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return flux.FluxModel.load(resolve(config.path), config.height, config.width, config.guidance, dtype)
 
 
 def encode_prompts(config: ModelConfig, prompts: Sequence[str]) -> Any:

@@ -67,9 +67,10 @@ class FluxModel:
         vae: AutoencoderKL | None = None,
         guidance: float = 3.5,
     ) -> None:
-        self.transformer = transformer
+        self.transformer = transformer.eval()
         self.scheduler = scheduler
-        self.vae = vae
+        # Trained through, never itself.
+        self.vae = vae.eval().requires_grad_(False) if vae else None
         self.guidance = guidance
         # FLUX packs 2x2 latents into a token; without a VAE, a latent is itself 2x2 pixels.
         pixels_per_token = 2 * (2 ** (len(vae.config.block_out_channels) - 1) if vae else 2)
@@ -82,16 +83,18 @@ class FluxModel:
         return self.vae
 
     @classmethod
-    def load(cls, folder: str | Path, height: int, width: int, guidance: float = 3.5) -> FluxModel:
+    def load(
+        cls, folder: str | Path, height: int, width: int, guidance: float = 3.5, dtype: torch.dtype = torch.float32
+    ) -> FluxModel:
         """Loads ``transformer/``, ``scheduler/`` and, where there is one, ``vae/`` of a FLUX.1 folder or hub id.
 
         Raises UserError where they cannot be read.
         """
         has_vae = (Path(folder) / "vae").is_dir() or not Path(folder).is_dir()
         try:
-            transformer = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer").eval()
+            transformer = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype)
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval() if has_vae else None
+            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype) if has_vae else None
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load a FLUX.1 model from '{folder}' ({brief(error)}); check model.path") from None
         return cls(transformer, scheduler, height, width, vae, guidance)
@@ -120,12 +123,12 @@ class FluxModel:
 
         Guidance goes in as an embedding where the model was distilled for it.
         """
-        device, dtype = latents.device, latents.dtype
+        device, dtype = latents.device, self.transformer.dtype
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full((len(latents),), self.guidance, device=device, dtype=dtype)
         return self.transformer(
-            hidden_states=latents,
+            hidden_states=latents.to(dtype),
             timestep=sigma.to(dtype),
             guidance=guidance,
             pooled_projections=embeddings.pooled.to(dtype),
@@ -145,5 +148,5 @@ class FluxModel:
         else:
             config = self.vae.config
             scaled = unpacked / config.scaling_factor + config.shift_factor
-            pixels = self.vae.decode(scaled, return_dict=False)[0]
+            pixels = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype)
         return pixels / 2 + 0.5

@@ -17,14 +17,14 @@ from leapalign.models.flux import PromptEmbeddings
 from leapalign.models.protocol import FlowModel
 from leapalign.optim import Optimizer
 from leapalign.reward_gradient import RewardFn
+from leapalign.streams import CONTROL_STREAM, EVALUATION_STREAM, seed_of
 from leapalign.tiny.critic import Critic
 from leapalign.tiny.evaluate import RULES, Evaluation, evaluate
 from leapalign.tiny.train_base import PHASES, draw_batch, flow_matching_loss
 from leapalign.tiny.world import FAMILIES, Prompt, all_prompts, balanced_prompts, split_prompts
-from leapalign.trainer import Trainer, seed_of
+from leapalign.trainer import Trainer
 
 EVALUATION_IMAGES = 432
-CONTROL_STREAM, EVALUATION_STREAM = 3, 4
 REWARD, HELD_OUT_REWARD = "reward", "held_out_reward"
 
 
@@ -62,7 +62,7 @@ def train_control(config: Config, seconds: float) -> FlowModel[Any]:
     """The base model trained on for ``seconds`` without a reward, same optimizer settings; its weight average."""
     model = load_model(config.model)
     parameters = list(model.transformer.parameters())
-    optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations)
+    optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed)
     texts = [prompt.text for prompt in all_prompts()]
     embeddings, row = encode_prompts(config.model, texts), {text: i for i, text in enumerate(texts)}
     seed = seed_of(config.seed, CONTROL_STREAM, 0)
@@ -73,7 +73,7 @@ def train_control(config: Config, seconds: float) -> FlowModel[Any]:
         chosen = embeddings[torch.tensor([row[caption] for caption in captions])]
         flow_matching_loss(model, chosen, images, generator).backward()
         optimizer.step()
-    optimizer.ema.copy_to(parameters)
+    optimizer.average.copy_to(parameters)
     return model
 
 

@@ -1,0 +1,63 @@
+"""Exponential moving average of the trainable weights, held in host memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from leap_kernels import ema_update_, stochastic_round_
+from torch import Tensor, nn
+
+from leapalign.config import EmaConfig
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class WeightAverage:
+    """``average <- d average + (1 - d) weights`` with ``d = min(decay, n / (9 + n))`` at update n, 0 at the first.
+
+    A bfloat16 average is rounded stochastically: near its goal, rounding to nearest would leave it where it is.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: EmaConfig, seed: int) -> None:
+        self._parameters = parameters
+        self._decay = config.decay
+        self._seed = seed
+        self.updates = 0
+        self.tensors: list[Tensor] = [
+            parameter.detach().to("cpu", _DTYPES[config.dtype], copy=True) for parameter in parameters
+        ]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the average towards the weights."""
+        self.updates += 1
+        decay = min(self._decay, self.updates / (9 + self.updates)) if self.updates > 1 else 0.0
+        # Every update draws from positions of its own.
+        position = (self.updates - 1) * sum(average.numel() for average in self.tensors)
+        for average, parameter in zip(self.tensors, self._parameters, strict=True):
+            weights = parameter.detach().to("cpu")
+            if average.dtype == torch.float32:
+                ema_update_(average, weights, decay)
+            else:
+                stochastic_round_(average, ema_update_(average.float(), weights, decay), self._seed, position)
+            position += average.numel()
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sets ``parameters`` to the average, rounded to their dtype."""
+        for average, parameter in zip(self.tensors, parameters, strict=True):
+            parameter.copy_(average)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within the block the model holds the average; its own weights wait in host memory."""
+        own = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
+        self.copy_to(self._parameters)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weights, parameter in zip(own, self._parameters, strict=True):
+                    parameter.copy_(weights)
