@@ -59,7 +59,8 @@ def load_checkpoint(folder: Path, transformer: Any, optimizer: Optimizer) -> int
         weights = read_weights(folder / TRANSFORMER)
         average = read_weights(folder / AVERAGE)
         tensors = load_file(folder / "optimizer.safetensors")
-        transformer.load_state_dict(weights)
+        with optimizer.changing_weights():
+            transformer.load_state_dict(weights)
         names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
         optimizer.load(tensors, state["optimizer"], [average[name] for name in names])
         return int(state["iteration"])

@@ -89,6 +89,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
+    optimizer: Literal["device", "host"] = "device"
+    """Where gradients add up, moments live and the step is taken. On the host, it needs the weights there, too, which
+    the device then copies."""
+    weights: Literal["resident", "streamed"] = "resident"
+    """All weights on the device; or blocks copied from host memory as they are needed (with optimizer: host)."""
+    stream_buffers: Annotated[int, Field(ge=2)] = 3
+    """Blocks on the device at a time, for streamed weights."""
     checkpointing: Literal["none", "blocks", "attention"] = "none"
     """What the backward pass recomputes instead of keeping: nothing, blocks, or blocks but for their attention."""
     checkpoint_every: PositiveInt = 1
@@ -147,9 +154,27 @@ class Config:
                 f"train.batch_size {self.train.batch_size} must be a multiple of rollout.batch_size "
                 f"{self.rollout.batch_size}"
             )
+        self._check_memory()
         for section in ("method", "reward"):
             if "name" not in getattr(self, section):
                 raise ValueError(f"'{section}.name' is missing; add it")
+
+    def _check_memory(self) -> None:
+        memory = self.memory
+        if memory.optimizer == "host" and self.optimizer.name != "adamw_8bit":
+            raise ValueError("memory.optimizer host needs optimizer.name adamw_8bit; set one of them")
+        if memory.optimizer == "host" and self.diagnostics.true_gradient_every:
+            raise ValueError(
+                "diagnostics.true_gradient_every needs gradients on the device; set it to 0, or memory.optimizer to "
+                "device"
+            )
+        if memory.weights == "streamed" and memory.optimizer == "device":
+            raise ValueError("memory.weights streamed needs memory.optimizer host, where the weights live; set it")
+        if memory.weights == "streamed" and (memory.checkpointing == "none" or memory.checkpoint_every != 1):
+            raise ValueError(
+                "memory.weights streamed needs every block recomputed; set memory.checkpointing to blocks and "
+                "memory.checkpoint_every to 1"
+            )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -28,5 +28,5 @@ def generate(
         part = slice(start, start + batch_size)
         noise = model.draw_noise(seeds[part])
         rollout = sample_rollout(prompted_velocity(model, embeddings[part]), noise, sigmas)
-        images.append(model.decode(rollout.latents[-1]).clamp(0, 1))
+        images.append(model.decode(rollout.latents[-1]).clamp(0, 1).cpu())
     return torch.cat(images)

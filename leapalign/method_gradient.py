@@ -11,7 +11,7 @@ from torch import Tensor
 from leapalign.methods import Method
 from leapalign.reward_gradient import RewardFn, RewardGradient, reward_gradient
 from leapalign.rollout import Rollout, per_sample
-from leapalign.surrogate import ConditionedVelocity, surrogate_backward
+from leapalign.surrogate import ConditionedVelocity, GradientSink, surrogate_backward
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def method_backward(
     *,
     share: float = 1.0,
     microbatch: int | None = None,
+    gradient_sink: GradientSink | None = None,
 ) -> dict[str, Tensor]:
-    """Accumulates the gradient of ``share`` times the method's loss into ``.grad``.
+    """Accumulates the gradient of ``share`` times the method's loss into ``.grad``, or hands it to ``gradient_sink``.
 
     indices: of one draw, or of `draw_several`; the gradient is the mean over all columns.
 
@@ -82,6 +83,7 @@ def method_backward(
         velocity,
         per_sample(loss_gradient, gradient) * gradient,
         microbatch=microbatch,
+        gradient_sink=gradient_sink,
         applied_discount=discount,
     )
     return {

@@ -12,7 +12,11 @@ from leap_kernels import Adam8bitState, adamw_8bit_step_
 from torch import Tensor, nn
 
 from leapalign.config import EmaConfig, OptimizerConfig
+from leapalign.memory.host_gradients import HostGradients
+from leapalign.memory.host_weights import HostWeights
+from leapalign.memory.residency import host_memory, made_for
 from leapalign.streams import AVERAGE_STREAM, ROUNDING_STREAM, seed_of
+from leapalign.surrogate import GradientSink
 from leapalign.validation import UserError
 from leapalign.weight_average import WeightAverage
 
@@ -27,9 +31,18 @@ class Optimizer:
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], config: OptimizerConfig, ema: EmaConfig, iterations: int, seed: int
+        self,
+        parameters: list[nn.Parameter],
+        config: OptimizerConfig,
+        ema: EmaConfig,
+        iterations: int,
+        seed: int,
+        weights: HostWeights | None = None,
     ) -> None:
+        """``weights``: where they have their masters in host memory, and so have gradients and moments."""
         self._parameters = parameters
+        self._weights = weights
+        self._gradients = HostGradients(parameters) if weights else None
         self._max_grad_norm = config.max_grad_norm
         self.adamw = OPTIMIZERS[config.name](parameters, config, seed_of(seed, ROUNDING_STREAM, 0))
         self.schedule = get_scheduler(
@@ -47,22 +60,49 @@ class Optimizer:
         Returns ``grad_norm``, the global norm before clipping, and ``moved``, the share of weights that changed,
         of the first `_METER_ELEMENTS` of each parameter.
         """
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self.adamw.gradient_scale = min(1.0, self._max_grad_norm / (float(norm) + 1e-6))
-        before = [_watched(parameter).clone() for parameter in self._parameters]
-        self.adamw.step()
-        changed = [(_watched(p) != old).float() for p, old in zip(self._parameters, before, strict=True)]
+        with self.changing_weights():
+            gradients = [self._gradient_of(parameter) for parameter in self._parameters]
+            norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+            self.adamw.gradient_scale = min(1.0, self._max_grad_norm / (float(norm) + 1e-6))
+            before = [_watched(parameter).clone() for parameter in self._parameters]
+            self.adamw.gradients = gradients
+            self.adamw.step()
+            changed = [(_watched(p) != old).float() for p, old in zip(self._parameters, before, strict=True)]
+            self.average.update()
         self.schedule.step()
         self.adamw.zero_grad(set_to_none=True)
-        self.average.update()
+        if self._gradients is not None:
+            self._gradients.clear()
         return {"grad_norm": float(norm), "moved": float(torch.cat(changed).mean())}
+
+    @property
+    def gradient_sink(self) -> GradientSink | None:
+        """What takes gradients over as they complete; None: they add up in ``.grad``."""
+        return self._gradients.add if self._gradients is not None else None
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Within the block the model holds the weight average."""
-        with self.average.in_use():
+        with self.changing_weights():
+            own = self.average.swap_in()
+        try:
             yield
+        finally:
+            with self.changing_weights():
+                self.average.swap_out(own)
+
+    @contextlib.contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """Weights may be changed within the block, and only there."""
+        if self._weights is None:
+            with made_for("optimizer"):
+                yield
+        else:
+            with self._weights.changing(), host_memory("optimizer"):
+                yield
+
+    def _gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
+        return self._gradients[parameter] if self._gradients is not None else parameter.grad
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as named tensors ``PARAMETER.KEY``, parameters numbered in order."""
@@ -97,6 +137,8 @@ class Optimizer:
 class AdamW(torch.optim.AdamW):
     """PyTorch's AdamW, moments in the dtype of the weights, for weights in float32."""
 
+    gradients: Sequence[Tensor | None] = ()
+    """Of the parameters, in order; here those in ``.grad``."""
     gradient_scale = 1.0
     """Multiplies the gradients of a step: the coefficient that clips their norm."""
 
@@ -106,15 +148,16 @@ class AdamW(torch.optim.AdamW):
         super().__init__(parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if self.gradient_scale != 1:
-            torch._foreach_mul_(gradients, self.gradient_scale)
+            torch._foreach_mul_([gradient for gradient in self.gradients if gradient is not None], self.gradient_scale)
         super().step(closure)
 
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with bitsandbytes' 8-bit moments; bfloat16 weights are rounded stochastically, decay included."""
 
+    gradients: Sequence[Tensor | None] = ()
+    """Of the parameters, in order; float32 gradients of bfloat16 parameters, too."""
     gradient_scale = 1.0
     """As `AdamW.gradient_scale`, applied in float32."""
 
@@ -130,13 +173,13 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            # Every step and parameter draws from positions of its own.
-            total, position = sum(parameter.numel() for parameter in group["params"]), 0
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, group["lr"], total, position)
-                position += parameter.numel()
+        (group,) = self.param_groups
+        # Every step and parameter draws from positions of its own.
+        total, position = sum(parameter.numel() for parameter in group["params"]), 0
+        for parameter, gradient in zip(group["params"], self.gradients, strict=True):
+            if gradient is not None:
+                self._step_one(parameter, gradient, group["lr"], total, position)
+            position += parameter.numel()
 
     def _step_one(self, parameter: nn.Parameter, gradient: Tensor, lr: float, total: int, position: int) -> None:
         state = self.state[parameter]

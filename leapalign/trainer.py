@@ -14,8 +14,7 @@ from torch import Tensor
 from leapalign.checkpoint import load_checkpoint, save_checkpoint
 from leapalign.config import Config
 from leapalign.embedded import resolve
-from leapalign.memory.attention import set_attention
-from leapalign.memory.checkpointing import prepare_model
+from leapalign.memory.placement import place, training_device
 from leapalign.method_gradient import Objective, draw_several, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import encode_prompts, load_model
@@ -58,15 +57,16 @@ class Trainer:
         prompts = read_prompts(Path(resolve(config.prompts.path)))
         reward = get_reward(**config.reward)
         model = load_model(config.model)
-        weight = next(model.transformer.parameters())
-        set_attention(model.transformer, config.memory.attention, weight.device, weight.dtype)
         steps = config.rollout.num_steps
         try:
             method.plan(model.sigmas(steps), **method.draw(steps, 1, torch.Generator()))
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
-        prepare_model(model, config.memory)
+        weights = place(model, reward, config.memory, training_device())
         parameters = [p for p in model.transformer.parameters() if p.requires_grad]
+        optimizer = Optimizer(
+            parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights
+        )
         return cls(
             config=config,
             model=model,
@@ -74,7 +74,7 @@ class Trainer:
             embeddings=encode_prompts(config.model, prompts),
             reward=reward,
             method=method,
-            optimizer=Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed),
+            optimizer=optimizer,
         )
 
     def resume(self, checkpoint: Path) -> None:
@@ -122,7 +122,15 @@ class Trainer:
         objective = Objective(self.model.decode, self.reward, config.threshold, config.train.reward_chunk)
         microbatch = config.train.microbatch
         metrics = method_backward(
-            self.method, indices, rollout, velocity, objective, prompts, share=share, microbatch=microbatch
+            self.method,
+            indices,
+            rollout,
+            velocity,
+            objective,
+            prompts,
+            share=share,
+            microbatch=microbatch,
+            gradient_sink=self.optimizer.gradient_sink,
         )
         every = config.diagnostics.true_gradient_every
         if every and self.iteration % every == 0 and positions.start == self.iteration * config.train.batch_size:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from leap_kernels import ema_update_, stochastic_round_
 from torch import Tensor, nn
 
 from leapalign.config import EmaConfig
+from leapalign.memory.residency import host_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -25,9 +25,10 @@ class WeightAverage:
         self._decay = config.decay
         self._seed = seed
         self.updates = 0
-        self.tensors: list[Tensor] = [
-            parameter.detach().to("cpu", _DTYPES[config.dtype], copy=True) for parameter in parameters
-        ]
+        with host_memory("average"):
+            self.tensors: list[Tensor] = [
+                parameter.detach().to("cpu", _DTYPES[config.dtype], copy=True) for parameter in parameters
+            ]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -37,11 +38,12 @@ class WeightAverage:
         # Every update draws from positions of its own.
         position = (self.updates - 1) * sum(average.numel() for average in self.tensors)
         for average, parameter in zip(self.tensors, self._parameters, strict=True):
-            weights = parameter.detach().to("cpu")
-            if average.dtype == torch.float32:
-                ema_update_(average, weights, decay)
-            else:
-                stochastic_round_(average, ema_update_(average.float(), weights, decay), self._seed, position)
+            with host_memory("average"):
+                weights = parameter.detach().to("cpu")
+                if average.dtype == torch.float32:
+                    ema_update_(average, weights, decay)
+                else:
+                    stochastic_round_(average, ema_update_(average.float(), weights, decay), self._seed, position)
             position += average.numel()
 
     @torch.no_grad()
@@ -50,14 +52,15 @@ class WeightAverage:
         for average, parameter in zip(self.tensors, parameters, strict=True):
             parameter.copy_(average)
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Within the block the model holds the average; its own weights wait in host memory."""
-        own = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
+    def swap_in(self) -> list[Tensor]:
+        """Sets the weights to the average, and returns what they were, in host memory."""
+        with host_memory("average"):
+            own = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
         self.copy_to(self._parameters)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for weights, parameter in zip(own, self._parameters, strict=True):
-                    parameter.copy_(weights)
+        return own
+
+    @torch.no_grad()
+    def swap_out(self, own: Sequence[Tensor]) -> None:
+        """Sets the weights back to what `swap_in` returned."""
+        for weights, parameter in zip(own, self._parameters, strict=True):
+            parameter.copy_(weights)

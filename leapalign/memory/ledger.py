@@ -1,9 +1,11 @@
-"""Bytes of live tensor storages, counted as they come and go."""
+"""Bytes of live tensor storages, counted as they come and go: on real tensors and on fake ones alike."""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,25 +13,80 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from leapalign.memory.residency import HOST, ROLE, Role
+
+
+@dataclass
+class Peak:
+    """The most bytes alive at a time, and whose they were at that moment."""
+
+    total: int = 0
+    by_role: dict[Role, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Side:
+    """One memory: the device's, or the host's."""
+
+    live: dict[Role, int] = field(default_factory=dict)
+    total: int = 0
+    peaks: dict[str, Peak] = field(default_factory=dict)
+
+
+@dataclass
+class _Known:
+    storage: weakref.ref[torch.UntypedStorage]
+    size: int
+    side: _Side
+    role: Role
+
 
 class StorageLedger(TorchDispatchMode):
     """While active, counts the storages that operations create, until they are freed.
 
-    ``live`` and ``peak`` are bytes above what was alive on entry. Storages are what a backward pass keeps: a tensor
-    saved for backward stays in the count for as long as its graph lives.
+    ``live`` and ``peak`` are bytes of device memory above what was alive on entry. Storages are what a backward pass
+    keeps: a tensor saved for backward stays in the count for as long as its graph lives. Host memory is what is made
+    within `leapalign.memory.residency.host_memory`; roles come from there, too.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.device, self.host = _Side(), _Side()
+        self.stage_name = "all"
+        self._known: dict[int, _Known] = {}
+
+    @property
+    def live(self) -> int:
+        return self.device.total
+
+    @property
+    def peak(self) -> int:
+        return max((peak.total for peak in self.device.peaks.values()), default=0)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Peaks reached in the block are those of stage ``name``."""
+        before, self.stage_name = self.stage_name, name
+        for side in (self.device, self.host):
+            self._note_peak(side)
+        try:
+            yield
+        finally:
+            self.stage_name = before
 
     def exclude(self, *tensors: Tensor) -> None:
         """Storages that were there before: operations may return views of them."""
         for tensor in tensors:
+            self._enter(tensor.untyped_storage(), 0, self.device, ROLE.get())
+
+    def count(self, *tensors: Tensor, role: Role, host: bool = False) -> None:
+        """Counts tensors as ``role``, whatever they were counted as."""
+        for tensor in tensors:
             storage = tensor.untyped_storage()
-            self._known[storage._cdata] = weakref.ref(storage, self._forget(storage._cdata, 0))
+            known = self._known.pop(storage._cdata, None)
+            if known is not None:
+                self._add(known.side, known.role, -known.size)
+            self._enter(storage, storage.nbytes(), self.host if host else self.device, role)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -37,20 +94,34 @@ class StorageLedger(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+                storage = leaf.untyped_storage()
+                if storage.nbytes() and storage._cdata not in self._known:
+                    side = self.host if HOST.get() else self.device
+                    self._enter(storage, storage.nbytes(), side, ROLE.get())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if size == 0 or address in self._known:
-            return
-        self._known[address] = weakref.ref(storage, self._forget(address, size))
-        self.live += size
-        self.peak = max(self.peak, self.live)
+    def _enter(self, storage: torch.UntypedStorage, size: int, side: _Side, role: Role) -> None:
+        address = storage._cdata
+        self._known[address] = _Known(weakref.ref(storage, self._forget(address)), size, side, role)
+        self._add(side, role, size)
 
-    def _forget(self, address: int, size: int) -> Callable[[Any], None]:
-        def forget(_: Any) -> None:
-            del self._known[address]
-            self.live -= size
+    def _forget(self, address: int) -> Callable[[Any], None]:
+        def forget(gone: Any) -> None:
+            known = self._known.get(address)
+            # The address may be another storage's by now.
+            if known is not None and known.storage is gone:
+                del self._known[address]
+                self._add(known.side, known.role, -known.size)
 
         return forget
+
+    def _add(self, side: _Side, role: Role, size: int) -> None:
+        side.live[role] = side.live.get(role, 0) + size
+        side.total += size
+        if size > 0:
+            self._note_peak(side)
+
+    def _note_peak(self, side: _Side) -> None:
+        peak = side.peaks.setdefault(self.stage_name, Peak())
+        if side.total > peak.total:
+            peak.total, peak.by_role = side.total, {role: size for role, size in side.live.items() if size}

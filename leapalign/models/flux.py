@@ -72,6 +72,7 @@ class FluxModel:
         # Trained through, never itself.
         self.vae = vae.eval().requires_grad_(False) if vae else None
         self.guidance = guidance
+        self.device = torch.device("cpu")
         # FLUX packs 2x2 latents into a token; without a VAE, a latent is itself 2x2 pixels.
         pixels_per_token = 2 * (2 ** (len(vae.config.block_out_channels) - 1) if vae else 2)
         if height % pixels_per_token or width % pixels_per_token:
@@ -102,7 +103,8 @@ class FluxModel:
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents, one seed an image: ``(len(seeds), tokens, channels)`` float32."""
         shape = (self.rows * self.columns, self.transformer.config.in_channels)
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self.device)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The scheduler's noise levels ``(num_steps + 1,)`` for this resolution, ending at 0."""
@@ -129,10 +131,10 @@ class FluxModel:
             guidance = torch.full((len(latents),), self.guidance, device=device, dtype=dtype)
         return self.transformer(
             hidden_states=latents.to(dtype),
-            timestep=sigma.to(dtype),
+            timestep=sigma.to(device, dtype),
             guidance=guidance,
-            pooled_projections=embeddings.pooled.to(dtype),
-            encoder_hidden_states=embeddings.tokens.to(dtype),
+            pooled_projections=embeddings.pooled.to(device, dtype),
+            encoder_hidden_states=embeddings.tokens.to(device, dtype),
             txt_ids=torch.zeros(embeddings.tokens.shape[1], 3, device=device, dtype=dtype),
             img_ids=FluxPipeline._prepare_latent_image_ids(len(latents), self.rows, self.columns, device, dtype),
             return_dict=False,

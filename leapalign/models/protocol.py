@@ -14,6 +14,9 @@ E = TypeVar("E", contravariant=True)
 class FlowModel(Protocol[E]):
     """One flow-matching model at one resolution; ``E`` is its kind of prompt embeddings (indexable by sample)."""
 
+    device: torch.device
+    """Where it computes: noise is drawn for it, and latents stay there."""
+
     @property
     def transformer(self) -> torch.nn.Module:
         """The network that is trained."""

@@ -1,0 +1,33 @@
+"""Gradients that leave the device the moment they are complete, and add up in host memory, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from leapalign.memory.residency import TRAFFIC, host_memory
+
+
+class HostGradients:
+    """Sums of gradients: exact accumulation, and all of them there before the first weight moves."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        with host_memory("gradients"):
+            self._sums = {p: torch.zeros(p.shape, dtype=torch.float32, device="cpu") for p in parameters}
+
+    @torch.no_grad()
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """A `leapalign.surrogate.GradientSink`."""
+        TRAFFIC.to_host += gradient.nbytes
+        with host_memory("gradients"):
+            self._sums[parameter].add_(gradient.to("cpu"))  # type: ignore[index]
+
+    def __getitem__(self, parameter: nn.Parameter) -> Tensor:
+        return self._sums[parameter]
+
+    def clear(self) -> None:
+        """Begins anew."""
+        for total in self._sums.values():
+            total.zero_()

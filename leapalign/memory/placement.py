@@ -1,0 +1,38 @@
+"""Puts a model and a reward where the configuration says, before training: the one place that chooses devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from leapalign.config import MemoryConfig
+from leapalign.memory.attention import set_attention
+from leapalign.memory.checkpointing import prepare_model
+from leapalign.memory.host_weights import HostWeights
+from leapalign.models.protocol import FlowModel
+from leapalign.reward_gradient import RewardFn
+
+
+def training_device() -> torch.device:
+    """The GPU, where PyTorch finds one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place(model: FlowModel[Any], reward: RewardFn, config: MemoryConfig, device: torch.device) -> HostWeights | None:
+    """Moves ``model`` and ``reward`` to ``device``, or the weights that are trained to host memory.
+
+    Returns what keeps the device's copies of host weights, None for weights on the device. Raises UserError for an
+    attention backend that does not work here, and for models that cannot recompute blocks.
+    """
+    set_attention(model.transformer, config.attention, device, next(model.transformer.parameters()).dtype)
+    prepare_model(model, config)
+    model.device = device
+    for module in (model.decoder, reward):
+        if isinstance(module, nn.Module):
+            module.to(device)
+    if config.optimizer == "device":
+        model.transformer.to(device)
+        return None
+    return HostWeights(model.transformer, device, config.stream_buffers if config.weights == "streamed" else None)
