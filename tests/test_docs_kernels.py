@@ -65,6 +65,14 @@ def test_results_cover_the_catalog() -> None:
     assert {line["op"] for line in measured} == {op.name for op in OPS} - {"adamw_8bit_step_"}
 
 
+def test_figures_of_the_eight_bit_step_come_from_its_results() -> None:
+    line = json.loads((ROOT / "benchmarks" / "results" / "host_adamw.jsonl").read_text())
+    ours, theirs = (line[f"{name}_millions_per_second"] for name in ("ours", "bitsandbytes"))
+    figures = f"{ours:.0f} million parameters a second on {line['threads']} threads of an {line['device']}"
+    page = " ".join(PAGE.read_text().split())
+    assert f"{figures}, {line['times_faster']:.1f} times as many as bitsandbytes ({theirs:.0f} million)" in page
+
+
 def test_tables_are_rewritten_from_other_results(tables: ModuleType, tmp_path: Path) -> None:
     for name in ("audit", "bench"):
         lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text()

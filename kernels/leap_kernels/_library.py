@@ -58,7 +58,13 @@ def define(
 
 
 def define_in_place(signature: str, run: Callable[..., None], written: int = 1) -> Callable[..., None]:
-    """Define an op that writes into its first arguments and returns nothing, and return a function that calls it."""
+    """Define an op that returns nothing, and return a function that calls it.
+
+    Args:
+        signature: name and arguments, in the language of PyTorch's schemas.
+        run: computes the op on real tensors.
+        written: how many arguments, from the first on, it writes into.
+    """
     op = _defined(signature, run, lambda *_: None)
 
     def call(*arguments: Any) -> None:

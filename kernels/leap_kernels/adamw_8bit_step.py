@@ -48,7 +48,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 
 def _bytes_of_places(entries: Tensor) -> Tensor:
-    """Return the byte of the nearest entry for each of the even steps from -1 to 1; of two, the lower."""
+    """Return the byte of the nearest entry for each of the even steps from -1 to 1."""
     steps = torch.arange(_PLACES, **_SINGLE) * 2 / (_PLACES - 1) - 1
     return torch.searchsorted((entries[:-1] + entries[1:]) * 0.5, steps).to(torch.uint8)
 

@@ -19,7 +19,7 @@ inline void widen(const Moment& moment, int64_t begin, int64_t count, float* val
   for (int64_t i = count; i < GROUP; ++i) values[i] = 0.0f;
 }
 
-// The opposite, of what `widen` wrote or something in its place.
+// Turns what `widen` has written, or what was computed from it in place, into bytes and their largest magnitude.
 inline void narrow(const Moment& moment, int64_t begin, int64_t count, const float* values) {
   Step largest{};
   sweep(GROUP, false, [&](int64_t i, auto extent) {
@@ -83,7 +83,7 @@ template <class P, class G>
 void step(const Adamw8bit& call) {
   Blocks(call.size).for_each([&](const Block& block) {
     Numbers numbers;
-    const uint16_t* random = nullptr;
+    const uint16_t* random = numbers;
     for (int64_t done = 0; done < block.count; done += GROUP) {
       if (sizeof(typename P::Element) == 2 && done % PIECE == 0) {
         random = draw(call.seed, call.offset + block.begin + done, smaller(PIECE, block.count - done), numbers);
