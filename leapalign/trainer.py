@@ -64,9 +64,7 @@ class Trainer:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
         weights = place(model, reward, config.memory, training_device())
         parameters = [p for p in model.transformer.parameters() if p.requires_grad]
-        optimizer = Optimizer(
-            parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights
-        )
+        optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights)
         return cls(
             config=config,
             model=model,
