@@ -1,4 +1,4 @@
-"""The command line: ``leapalign demo | train | generate | evaluate | doctor | kernels``."""
+"""The command line: ``leapalign demo | train | generate | evaluate | memory | doctor | kernels``."""
 
 from __future__ import annotations
 
@@ -52,12 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--prompts", type=Path, help="prompt file, default the config's")
         command.add_argument("--seed", type=int, default=0, help="noise seed of the first image")
 
+    memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
+    memory.add_argument("--config", type=Path, required=True, help="YAML file, see configs/flux1_dev")
+    memory.add_argument("--gpu-memory", default="80GiB", help="what has to suffice, such as 24GiB")
+    memory.set_defaults(execute=memory_command)
+
     doctor = commands.add_parser("doctor", help="versions, devices, and the backend of each kernel")
     doctor.set_defaults(execute=doctor_command)
 
     commands.add_parser(KERNELS, help="list, explain, bench, audit or export the kernels", add_help=False)
 
-    for command in (demo, train, evaluate, doctor):
+    for command in (demo, train, evaluate, memory, doctor):
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -216,6 +221,19 @@ def _generate(config: Config, model: Any, embeddings: Any, seed: int) -> Any:
 
     seeds = range(seed, seed + len(embeddings))
     return generate(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
+
+
+def memory_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.config import load_config
+    from leapalign.memory.fit import explanation, parse_size, summary
+    from leapalign.memory.simulate import simulate
+
+    gpu_memory = parse_size(arguments.gpu_memory)
+    config = load_config(arguments.config, overrides)
+    found = simulate(config)
+    print(explanation(found, gpu_memory, config))
+    if arguments.json:
+        print(json.dumps(summary(found, gpu_memory, config)))
 
 
 def doctor_command(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leapalign.memory.residency import made_for, stage
 from leapalign.methods import Method
 from leapalign.reward_gradient import RewardFn, RewardGradient, reward_gradient
 from leapalign.rollout import Rollout, per_sample
@@ -28,6 +29,10 @@ class Objective:
 
     def score(self, latents: Tensor, prompts: Sequence[str]) -> RewardGradient:
         """Rewards of ``latents (N, ...)`` and their gradients; latent n was made for ``prompts[n % B]``."""
+        with stage("reward"), made_for("reward"):
+            return self._score(latents, prompts)
+
+    def _score(self, latents: Tensor, prompts: Sequence[str]) -> RewardGradient:
         repeated = [prompts[n % len(prompts)] for n in range(len(latents))]
         return reward_gradient(self.decode, self.reward, latents, repeated, self.chunk)
 
@@ -77,15 +82,16 @@ def method_backward(
     loss, diagnostics = method.loss(reward, objective.threshold, trajectory, **indices)
     (loss_gradient,) = torch.autograd.grad(share * loss, reward)
     discount = torch.zeros(plan.index.shape)
-    terms = surrogate_backward(
-        plan,
-        trajectory,
-        velocity,
-        per_sample(loss_gradient, gradient) * gradient,
-        microbatch=microbatch,
-        gradient_sink=gradient_sink,
-        applied_discount=discount,
-    )
+    with stage("surrogate"):
+        terms = surrogate_backward(
+            plan,
+            trajectory,
+            velocity,
+            per_sample(loss_gradient, gradient) * gradient,
+            microbatch=microbatch,
+            gradient_sink=gradient_sink,
+            applied_discount=discount,
+        )
     return {
         "reward": reward.detach(),
         "loss": loss.detach().view(1),

@@ -44,7 +44,9 @@ class Optimizer:
         self._weights = weights
         self._gradients = HostGradients(parameters) if weights else None
         self._max_grad_norm = config.max_grad_norm
-        self.adamw = OPTIMIZERS[config.name](parameters, config, seed_of(seed, ROUNDING_STREAM, 0))
+        # Moments are made at once: a run that does not fit fails before its first iteration.
+        with self.changing_weights():
+            self.adamw = OPTIMIZERS[config.name](parameters, config, seed_of(seed, ROUNDING_STREAM, 0))
         self.schedule = get_scheduler(
             config.schedule, self.adamw, num_warmup_steps=config.warmup_iterations, num_training_steps=iterations
         )
@@ -170,6 +172,10 @@ class AdamW8bit(torch.optim.Optimizer):
             "eps": 1e-8,
             "weight_decay": config.weight_decay,
         }
+        for parameter in parameters:
+            fresh = Adam8bitState.zeros_like(parameter)
+            moments = {name: getattr(fresh, name) for name in _MOMENTS}
+            self.state[parameter] = {"step": torch.tensor(0), **moments}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -183,9 +189,6 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _step_one(self, parameter: nn.Parameter, gradient: Tensor, lr: float, total: int, position: int) -> None:
         state = self.state[parameter]
-        if not state:
-            fresh = Adam8bitState.zeros_like(parameter)
-            state.update(step=torch.tensor(0), **{name: getattr(fresh, name) for name in _MOMENTS})
         state["step"] += 1
         step = int(state["step"])
         adamw_8bit_step_(

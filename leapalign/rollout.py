@@ -10,6 +10,8 @@ import torch
 from leap_kernels import euler_step
 from torch import Tensor
 
+from leapalign.memory.residency import made_for
+
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """``velocity_fn(latents (B, ...), sigma (B,)) -> velocity (B, ...)``, guidance included."""
 
@@ -84,5 +86,7 @@ def sample_rollout(velocity_fn: VelocityFn, noise: Tensor, sigmas: Tensor) -> Ro
     for sigma, sigma_next in itertools.pairwise(sigmas):
         velocity = velocity_fn(latents[-1], sigma.expand(len(noise)).to(noise.device))
         velocities.append(velocity)
-        latents.append(euler_step(latents[-1], velocity, sigma, sigma_next))
-    return Rollout(torch.stack(latents), torch.stack(velocities), sigmas)
+        with made_for("latents"):
+            latents.append(euler_step(latents[-1], velocity, sigma, sigma_next))
+    with made_for("latents"):
+        return Rollout(torch.stack(latents), torch.stack(velocities), sigmas)

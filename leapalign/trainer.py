@@ -15,6 +15,7 @@ from leapalign.checkpoint import load_checkpoint, save_checkpoint
 from leapalign.config import Config
 from leapalign.embedded import resolve
 from leapalign.memory.placement import place, training_device
+from leapalign.memory.residency import stage
 from leapalign.method_gradient import Objective, draw_several, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import encode_prompts, load_model
@@ -83,7 +84,7 @@ class Trainer:
         """Trains to the last iteration, yielding each one's metrics; saves checkpoints on the way."""
         while self.iteration < self.config.train.iterations:
             started = time.perf_counter()
-            metrics = self._train_one()
+            metrics = self.train_one()
             self.iteration += 1
             seconds = time.perf_counter() - started
             last = self.iteration == self.config.train.iterations
@@ -91,7 +92,7 @@ class Trainer:
                 save_checkpoint(Path(self.config.output), self.iteration, self.model.transformer, self.optimizer)
             yield {"iteration": self.iteration, **metrics, "seconds": seconds}
 
-    def _train_one(self) -> dict[str, float]:
+    def train_one(self) -> dict[str, float]:
         """One optimizer step over ``train.batch_size`` images; the mean of their metrics."""
         total = self.config.train.batch_size
         size = min(self.config.rollout.batch_size, total)
@@ -103,7 +104,8 @@ class Trainer:
         # The first part may have measured more than the others.
         metrics = {name: float(torch.cat([part[name] for part in parts if name in part]).mean()) for name in parts[0]}
         metrics["learning_rate"] = self.optimizer.learning_rate
-        return metrics | self.optimizer.step()
+        with stage("optimizer"):
+            return metrics | self.optimizer.step()
 
     def _accumulate(self, positions: range, share: float) -> dict[str, Tensor]:
         """Adds the gradient of ``share`` times the mean loss over the images at ``positions`` of the run."""
@@ -112,7 +114,8 @@ class Trainer:
         prompts = [self.prompts[index] for index in chosen]
         velocity = prompted_velocity(self.model, self.embeddings[torch.tensor(chosen)])
         noise = self.model.draw_noise([seed_of(config.seed, NOISE_STREAM, position) for position in positions])
-        rollout = sample_rollout(velocity, noise, self.model.sigmas(config.rollout.num_steps))
+        with stage("rollout"):
+            rollout = sample_rollout(velocity, noise, self.model.sigmas(config.rollout.num_steps))
         generator = torch.Generator().manual_seed(seed_of(config.seed, INDEX_STREAM, positions.start))
         indices = draw_several(
             self.method, config.train.leaps_per_rollout, rollout.num_steps, len(positions), generator

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from leapalign.memory.residency import TRAFFIC, host_memory
+from leapalign.memory.residency import host_memory, note_traffic
 
 
 class HostGradients:
@@ -20,7 +20,7 @@ class HostGradients:
     @torch.no_grad()
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """A `leapalign.surrogate.GradientSink`."""
-        TRAFFIC.to_host += gradient.nbytes
+        note_traffic("to_host", gradient.nbytes)
         with host_memory("gradients"):
             self._sums[parameter].add_(gradient.to("cpu"))  # type: ignore[index]
 

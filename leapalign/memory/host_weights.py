@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leapalign.memory.residency import TRAFFIC, host_memory, made_for
+from leapalign.memory.residency import host_memory, made_for, note_traffic
 from leapalign.validation import UserError
 
 
@@ -145,7 +145,7 @@ class HostWeights:
     @torch.no_grad()
     def _copy(self, group: _Group, buffer: _Buffer) -> None:
         """Fills ``buffer`` with the group's weights; on a GPU after the work that still reads it, beside later work."""
-        TRAFFIC.to_device += group.master.nbytes
+        note_traffic("to_device", group.master.nbytes)
         memory = buffer.memory[: group.master.numel()]
         if self._stream is None:
             memory.copy_(group.master)

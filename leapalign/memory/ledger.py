@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from leapalign.memory.residency import HOST, ROLE, Role
+from leapalign.memory.residency import HOST, ROLE, STAGE, Role, Stage
 
 
 @dataclass
@@ -30,7 +29,7 @@ class _Side:
 
     live: dict[Role, int] = field(default_factory=dict)
     total: int = 0
-    peaks: dict[str, Peak] = field(default_factory=dict)
+    peaks: dict[Stage, Peak] = field(default_factory=dict)
 
 
 @dataclass
@@ -46,13 +45,12 @@ class StorageLedger(TorchDispatchMode):
 
     ``live`` and ``peak`` are bytes of device memory above what was alive on entry. Storages are what a backward pass
     keeps: a tensor saved for backward stays in the count for as long as its graph lives. Host memory is what is made
-    within `leapalign.memory.residency.host_memory`; roles come from there, too.
+    within `leapalign.memory.residency.host_memory`; roles and stages come from there, too.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.device, self.host = _Side(), _Side()
-        self.stage_name = "all"
         self._known: dict[int, _Known] = {}
 
     @property
@@ -62,17 +60,6 @@ class StorageLedger(TorchDispatchMode):
     @property
     def peak(self) -> int:
         return max((peak.total for peak in self.device.peaks.values()), default=0)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Peaks reached in the block are those of stage ``name``."""
-        before, self.stage_name = self.stage_name, name
-        for side in (self.device, self.host):
-            self._note_peak(side)
-        try:
-            yield
-        finally:
-            self.stage_name = before
 
     def exclude(self, *tensors: Tensor) -> None:
         """Storages that were there before: operations may return views of them."""
@@ -118,10 +105,6 @@ class StorageLedger(TorchDispatchMode):
     def _add(self, side: _Side, role: Role, size: int) -> None:
         side.live[role] = side.live.get(role, 0) + size
         side.total += size
-        if size > 0:
-            self._note_peak(side)
-
-    def _note_peak(self, side: _Side) -> None:
-        peak = side.peaks.setdefault(self.stage_name, Peak())
+        peak = side.peaks.setdefault(STAGE.get(), Peak())
         if side.total > peak.total:
             peak.total, peak.by_role = side.total, {role: size for role, size in side.live.items() if size}

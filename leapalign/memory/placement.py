@@ -31,8 +31,14 @@ def place(model: FlowModel[Any], reward: RewardFn, config: MemoryConfig, device:
     model.device = device
     for module in (model.decoder, reward):
         if isinstance(module, nn.Module):
-            module.to(device)
+            _move(module, device)
     if config.optimizer == "device":
-        model.transformer.to(device)
+        _move(model.transformer, device)
         return None
     return HostWeights(model.transformer, device, config.stream_buffers if config.weights == "streamed" else None)
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    # Tensors of a simulation cannot be moved, not even to where they are.
+    if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+        module.to(device)

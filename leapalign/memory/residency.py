@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["weights", "gradients", "optimizer", "average", "activations", "reward", "latents"]
 
+Stage = Literal["rollout", "reward", "surrogate", "optimizer", "setup"]
+
 HOST: ContextVar[bool] = ContextVar("leapalign_host", default=False)
 ROLE: ContextVar[Role] = ContextVar("leapalign_role", default="activations")
+STAGE: ContextVar[Stage] = ContextVar("leapalign_stage", default="setup")
 
 
 @contextlib.contextmanager
@@ -37,12 +40,17 @@ def _set(variable: ContextVar, value: object) -> Iterator[None]:  # type: ignore
         variable.reset(token)
 
 
-@dataclass
-class Traffic:
-    """Bytes that went between host and device."""
+@contextlib.contextmanager
+def stage(name: Stage) -> Iterator[None]:
+    """Names the part of a training iteration that runs in the block."""
+    with _set(STAGE, name):
+        yield
 
-    to_device: int = 0
-    to_host: int = 0
+
+TRAFFIC: Counter[tuple[Stage, Literal["to_device", "to_host"]]] = Counter()
+"""Bytes that went between host and device in each stage."""
 
 
-TRAFFIC = Traffic()
+def note_traffic(direction: Literal["to_device", "to_host"], size: int) -> None:
+    """Adds ``size`` bytes to the present stage's."""
+    TRAFFIC[STAGE.get(), direction] += size

@@ -28,6 +28,10 @@ class PromptEmbeddings:
     def __getitem__(self, samples: Tensor | slice) -> PromptEmbeddings:
         return PromptEmbeddings(self.tokens[samples], self.pooled[samples])
 
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Both."""
+        return self.tokens, self.pooled
+
     def followed_by(self, other: PromptEmbeddings) -> PromptEmbeddings:
         """These, then those of ``other``."""
         return PromptEmbeddings(torch.cat([self.tokens, other.tokens]), torch.cat([self.pooled, other.pooled]))

@@ -31,12 +31,13 @@ class PickScore:
     path: str = "yuvalkirstain/PickScore_v1"
     processor: str | None = None
     scale: Scale = "cosine"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read."""
         path, processor = resolve(self.path), resolve(self.processor or self.path)
         try:
-            model = CLIPModel.from_pretrained(path)
+            model = CLIPModel.from_pretrained(path, dtype=getattr(torch, self.dtype))
             tokenizer = AutoTokenizer.from_pretrained(processor)
             image_processor = CLIPImageProcessor.from_pretrained(processor)
         except (OSError, ValueError) as error:
@@ -78,8 +79,10 @@ class ClipScorer(torch.nn.Module):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit vectors ``(B, D)``."""
-        features = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
-        return F.normalize(features, dim=-1)
+        features = self.model.get_image_features(
+            pixel_values=self.preprocess(images).to(self.model.dtype)
+        ).pooler_output
+        return F.normalize(features.float(), dim=-1)
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors ``(B, D)``."""
@@ -88,7 +91,7 @@ class ClipScorer(torch.nn.Module):
         features = self.model.get_text_features(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         ).pooler_output
-        return F.normalize(features, dim=-1)
+        return F.normalize(features.float(), dim=-1)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         cosine = (self.embed_images(images) * self.embed_prompts(prompts)).sum(dim=-1)

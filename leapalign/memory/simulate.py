@@ -1,0 +1,285 @@
+"""What a configuration needs, found by running it: the real training iteration on tensors without memory.
+
+The model's real classes are built from their configs on fake tensors, and the trainer runs an iteration of two
+rollouts: the second finds the first one's gradients. The ledger counts every storage on the way. Nothing is computed,
+so that peaks of the largest models are known in a minute or two on any machine; what a GPU's allocator and libraries
+take beyond tensors is not in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import CLIPConfig, CLIPModel
+
+from leapalign import surrogate
+from leapalign.config import Config
+from leapalign.embedded import resolve
+from leapalign.memory.ledger import Peak, StorageLedger
+from leapalign.memory.placement import place
+from leapalign.memory.residency import STAGE, TRAFFIC, Stage
+from leapalign.methods import get_method
+from leapalign.models.flux import FluxModel, PromptEmbeddings
+from leapalign.models.velocity import GuidedEmbeddings
+from leapalign.optim import Optimizer
+from leapalign.rewards.pickscore import ClipScorer
+from leapalign.trainer import Trainer
+from leapalign.validation import UserError, brief
+
+SKELETONS = Path(__file__).parent / "skeletons"
+KNOWN_MODELS = {"black-forest-labs/FLUX.1-dev": SKELETONS / "flux1_dev"}
+REWARD = SKELETONS / "vit_h_14"
+"""A CLIP ViT-H/14, the size of HPSv2.1 and PickScore."""
+TEXT_TOKENS = 512
+"""FLUX.1's length of a prompt; a model folder's tokenizer may say less."""
+ROLLOUTS = 2
+
+GPUS = {"RTX 4090": (150e12, 25e9), "H100": (989e12, 50e9)}
+"""Dense bfloat16 FLOP/s and bytes/s each way between host and device, to compute times with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulation:
+    """An iteration's needs. Stages: ``rollout``, ``reward``, ``surrogate``, ``optimizer`` (and ``setup`` before).
+
+    device, host: the peak of each stage. flops, traffic: of the simulated iteration of `ROLLOUTS` rollouts, scaled
+    to the configuration's number.
+    """
+
+    device: dict[Stage, Peak]
+    host: dict[Stage, Peak]
+    trainable_parameters: int
+    flops: dict[Stage, float]
+    traffic: dict[tuple[Stage, str], float]
+
+    @property
+    def device_peak(self) -> int:
+        return max(self.device[name].total for name in STAGES if name in self.device)
+
+    @property
+    def host_peak(self) -> int:
+        return max((self.host[name].total for name in STAGES if name in self.host), default=0)
+
+
+class _Spectator(TorchDispatchMode):
+    """Counts FLOPs by stage, and lets code that asks a fake tensor for its value go on with 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[Stage] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0 if args[0].is_floating_point() else 1
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops[STAGE.get()] += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class _Replay:
+    """Runs a function twice for each key, and from then on only repeats what it returned and cost.
+
+    Anew where other gradients are alive: what a call adds to them is the same every time.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], mode: FakeTensorMode, ledger: StorageLedger, flops: Counter[Stage]
+    ) -> None:
+        self._run, self._mode, self._ledger, self._flops = run, mode, ledger, flops
+        self._seen: dict[Any, list[tuple[Any, Counter[Any], Counter[Any]]]] = {}
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        shapes = tuple(argument.shape for argument in arguments if isinstance(argument, Tensor))
+        gradients = self._ledger.device.live.get("gradients", 0)
+        runs = self._seen.setdefault((shapes, options.get("needs_input"), gradients), [])
+        if len(runs) == 2:
+            like, flops, traffic = runs[-1]
+            self._flops.update(flops)
+            TRAFFIC.update(traffic)
+            with self._mode:
+                return None if like is None else torch.empty(like.shape, dtype=like.dtype)
+        flops, traffic = self._flops.copy(), TRAFFIC.copy()
+        result = self._run(*arguments, **options)
+        # What it returned may be large: a description of it is kept instead.
+        like = None if result is None else torch.empty_like(result, device="meta")
+        runs.append((like, self._flops - flops, TRAFFIC - traffic))
+        return result
+
+
+@dataclasses.dataclass
+class _Words:
+    """Stands for a tokenizer: every prompt is as long as allowed."""
+
+    length: int
+
+    def __call__(self, prompts: Sequence[str], **_: Any) -> Any:
+        return _Tokens(torch.zeros(len(prompts), self.length, dtype=torch.int64))
+
+
+@dataclasses.dataclass
+class _Tokens:
+    input_ids: Tensor
+
+    @property
+    def attention_mask(self) -> Tensor:
+        return torch.ones_like(self.input_ids)
+
+    def to(self, device: torch.device) -> _Tokens:
+        return self
+
+
+@dataclasses.dataclass
+class _Pictures:
+    """Stands for an image processor."""
+
+    image_mean: Sequence[float] = (0.48, 0.46, 0.41)
+    image_std: Sequence[float] = (0.27, 0.26, 0.28)
+
+
+def simulate(config: Config) -> Simulation:
+    """Runs an iteration of ``config`` on fake tensors. Raises UserError where the model's configs cannot be read."""
+    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, attention="native"))
+    ledger, spectator = StorageLedger(), _Spectator()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    before = TRAFFIC.copy()
+    with ledger, spectator:
+        trainer = _fake_trainer(config, mode, ledger)
+        parameters = [p for p in trainer.model.transformer.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(lambda p: _count_gradient(ledger, p))
+        with _replayed(trainer.model, mode, ledger, spectator.flops):
+            trainer.train_one()
+    rollouts = config.train.batch_size / min(config.rollout.batch_size, config.train.batch_size)
+    scale = {name: 1.0 if name == "optimizer" else rollouts / ROLLOUTS for name in STAGES}
+    return Simulation(
+        device=ledger.device.peaks,
+        host=ledger.host.peaks,
+        trainable_parameters=sum(parameter.numel() for parameter in parameters),
+        flops={name: scale[name] * spectator.flops[name] for name in STAGES},
+        traffic={(name, way): scale[name] * size for (name, way), size in (TRAFFIC - before).items() if name in scale},
+    )
+
+
+@contextlib.contextmanager
+def _replayed(model: Any, mode: FakeTensorMode, ledger: StorageLedger, flops: Counter[Stage]) -> Iterator[None]:
+    """Within the block, what a rollout and a backward pass do over and over runs twice."""
+    velocity, vjp = model.velocity, surrogate._velocity_vjp
+    rollout = _Replay(velocity, mode, ledger, flops)
+    model.velocity = lambda *arguments: (velocity if torch.is_grad_enabled() else rollout)(*arguments)
+    surrogate._velocity_vjp = _Replay(vjp, mode, ledger, flops)
+    try:
+        yield
+    finally:
+        model.velocity, surrogate._velocity_vjp = velocity, vjp
+
+
+STAGES: tuple[Stage, ...] = ("rollout", "reward", "surrogate", "optimizer")
+
+
+def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        ledger.count(parameter.grad, role="gradients")
+
+
+def _fake_trainer(config: Config, mode: FakeTensorMode, ledger: StorageLedger) -> Trainer:
+    batch = min(config.rollout.batch_size, config.train.batch_size)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    folder = KNOWN_MODELS.get(config.model.path, Path(resolve(config.model.path)))
+    with mode, _default_dtype(dtype):
+        try:
+            transformer = FluxTransformer2DModel.from_config(_config(FluxTransformer2DModel, folder, "transformer"))
+            vae = None
+            if (folder / "vae").is_dir():
+                vae = AutoencoderKL.from_config(_config(AutoencoderKL, folder, "vae"))
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot read the configs of a FLUX.1 model in '{folder}' ({brief(error)}); check model.path"
+            ) from None
+    reward_folder = Path(resolve(config.reward["path"])) if "path" in config.reward else REWARD
+    clip = CLIPConfig.from_pretrained(reward_folder if reward_folder.is_dir() else REWARD)
+    with mode, _default_dtype(getattr(torch, config.reward.get("dtype", "float32"))):
+        scorer = CLIPModel(clip)
+    with mode:
+        words = _Words(clip.text_config.max_position_embeddings)
+        reward = ClipScorer(scorer, words, _Pictures(), "cosine")
+        size = ROLLOUTS * batch
+        widths = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
+        tokens = min(TEXT_TOKENS, _longest_prompt(folder))
+        embeddings: Any = PromptEmbeddings(torch.empty(size, tokens, widths[0]), torch.empty(size, widths[1]))
+    if config.model.true_cfg_scale != 1:
+        scale, batched = config.model.true_cfg_scale, config.model.true_cfg_batched
+        embeddings = GuidedEmbeddings(embeddings, embeddings[:1], scale, batched)
+    model = FluxModel(transformer, scheduler, config.model.height, config.model.width, vae, config.model.guidance)
+    ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
+    ledger.count(*(vae.parameters() if vae else ()), *reward.parameters(), *reward.buffers(), role="reward")
+    ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())
+    weights = place(model, reward, config.memory, torch.device("cpu"))
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights)
+    return Trainer(
+        config=dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size)),
+        model=model,
+        prompts=["a prompt"] * size,
+        embeddings=embeddings,
+        reward=reward,
+        method=get_method(**config.method),
+        optimizer=optimizer,
+    )
+
+
+def _longest_prompt(folder: Path) -> int:
+    try:
+        settings = json.loads((folder / "tokenizer_2" / "tokenizer_config.json").read_text())
+    except OSError:
+        return TEXT_TOKENS
+    return int(settings.get("model_max_length", TEXT_TOKENS))
+
+
+def _config(cls: Any, folder: Path, subfolder: str) -> Any:
+    return cls.load_config(folder, subfolder=subfolder)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    # Models on fake tensors cannot be cast: they are built in their dtype.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def step_seconds(found: Simulation, gpu: str) -> dict[Stage, dict[str, float]]:
+    """Seconds that each stage would compute, and move bytes, on a GPU used to its full rate: computed, not measured."""
+    rate, bandwidth = GPUS[gpu]
+    return {
+        name: {
+            "compute": found.flops[name] / rate,
+            "transfer": max(found.traffic.get((name, way), 0.0) for way in ("to_device", "to_host")) / bandwidth,
+        }
+        for name in STAGES
+    }
+
+
+def gib(size: float) -> float:
+    """Bytes in GiB, rounded up to a hundredth."""
+    return math.ceil(size / 2**30 * 100) / 100
