@@ -15,7 +15,7 @@ class HostGradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         with host_memory("gradients"):
-            self._sums = {p: torch.zeros(p.shape, dtype=torch.float32, device="cpu") for p in parameters}
+            self._sums = {p: torch.zeros_like(p, dtype=torch.float32, device="cpu") for p in parameters}
 
     @torch.no_grad()
     def add(self, parameter: Tensor, gradient: Tensor) -> None:

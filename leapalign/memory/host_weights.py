@@ -70,9 +70,8 @@ class HostWeights:
         largest = max((group.master.numel() for group in self._blocks), default=0)
         sizes = [group.master.numel() for group in self._blocks] if buffers is None else [largest] * buffers
         with made_for("weights"):
-            dtype = self._rest.master.dtype
-            self._ring = [_Buffer(torch.empty(size, dtype=dtype, device=device)) for size in sizes]
-            self._rest.buffer = _Buffer(torch.empty(self._rest.master.numel(), dtype=dtype, device=device))
+            self._ring = [_Buffer(self._rest.master.new_empty(size, device=device)) for size in sizes]
+            self._rest.buffer = _Buffer(torch.empty_like(self._rest.master, device=device))
         if buffers is not None:
             for number, block in enumerate(blocks):
                 block.register_forward_pre_hook(self._before(number))

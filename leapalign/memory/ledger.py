@@ -75,6 +75,24 @@ class StorageLedger(TorchDispatchMode):
                 self._add(known.side, known.role, -known.size)
             self._enter(storage, storage.nbytes(), self.host if host else self.device, role)
 
+    def peak_of(self, run: Callable[[], Any]) -> tuple[Any, dict[Role, int]]:
+        """Returns what ``run()`` does, and how much device memory it held at its peak beyond what was alive."""
+        peaks, name = self.device.peaks, STAGE.get()
+        before, alive = peaks.pop(name, Peak()), dict(self.device.live)
+        result = run()
+        reached = peaks.get(name, Peak())
+        more = {role: size - alive.get(role, 0) for role, size in reached.by_role.items()}
+        if reached.total < before.total:
+            peaks[name] = before
+        return result, more
+
+    def reach(self, more: dict[Role, int]) -> None:
+        """Notes a peak as if ``more`` were alive than is."""
+        by_role = {role: self.device.live.get(role, 0) + more.get(role, 0) for role in {*self.device.live, *more}}
+        peak, total = self.device.peaks.setdefault(STAGE.get(), Peak()), sum(by_role.values())
+        if total > peak.total:
+            peak.total, peak.by_role = total, {role: size for role, size in by_role.items() if size}
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

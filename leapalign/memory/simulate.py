@@ -30,7 +30,7 @@ from leapalign.config import Config
 from leapalign.embedded import resolve
 from leapalign.memory.ledger import Peak, StorageLedger
 from leapalign.memory.placement import place
-from leapalign.memory.residency import STAGE, TRAFFIC, Stage
+from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage
 from leapalign.methods import get_method
 from leapalign.models.flux import FluxModel, PromptEmbeddings
 from leapalign.models.velocity import GuidedEmbeddings
@@ -94,32 +94,31 @@ class _Spectator(TorchDispatchMode):
 
 
 class _Replay:
-    """Runs a function twice for each key, and from then on only repeats what it returned and cost.
+    """Runs a function twice on tensors of given shapes, and from then on only repeats what it returned and cost.
 
-    Anew where other gradients are alive: what a call adds to them is the same every time.
+    The first run makes gradients, the second adds to them; the third is as the second.
     """
 
     def __init__(
         self, run: Callable[..., Any], mode: FakeTensorMode, ledger: StorageLedger, flops: Counter[Stage]
     ) -> None:
         self._run, self._mode, self._ledger, self._flops = run, mode, ledger, flops
-        self._seen: dict[Any, list[tuple[Any, Counter[Any], Counter[Any]]]] = {}
+        self._seen: dict[Any, list[tuple[Any, dict[Role, int], Counter[Any], Counter[Any]]]] = {}
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         shapes = tuple(argument.shape for argument in arguments if isinstance(argument, Tensor))
-        gradients = self._ledger.device.live.get("gradients", 0)
-        runs = self._seen.setdefault((shapes, options.get("needs_input"), gradients), [])
+        runs = self._seen.setdefault((shapes, options.get("needs_input")), [])
         if len(runs) == 2:
-            like, flops, traffic = runs[-1]
+            made, more, flops, traffic = runs[-1]
             self._flops.update(flops)
             TRAFFIC.update(traffic)
+            self._ledger.reach(more)
             with self._mode:
-                return None if like is None else torch.empty(like.shape, dtype=like.dtype)
+                return None if made is None else torch.empty(made[0], dtype=made[1])
         flops, traffic = self._flops.copy(), TRAFFIC.copy()
-        result = self._run(*arguments, **options)
-        # What it returned may be large: a description of it is kept instead.
-        like = None if result is None else torch.empty_like(result, device="meta")
-        runs.append((like, self._flops - flops, TRAFFIC - traffic))
+        result, more = self._ledger.peak_of(lambda: self._run(*arguments, **options))
+        made = None if result is None else (result.shape, result.dtype)
+        runs.append((made, more, self._flops - flops, TRAFFIC - traffic))
         return result
 
 
