@@ -81,7 +81,7 @@ class Adam8bitState:
     @classmethod
     def zeros_like(cls, parameter: Tensor) -> Adam8bitState:
         """Return the state before the first step: both moments are zero."""
-        return cls(*(torch.zeros(shape, dtype=dtype, device=parameter.device) for dtype, shape in _layout(parameter)))
+        return cls(*(parameter.new_zeros(shape, dtype=dtype) for dtype, shape in _layout(parameter)))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return state1, absmax1, state2 and absmax2."""
