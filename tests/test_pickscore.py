@@ -101,3 +101,11 @@ def test_images_are_not_quantised(folder: Path) -> None:
     images = torch.full((1, 3, 32, 32), 0.5)
     shifted = images + 1e-4
     assert not np.array_equal(reward.preprocess(images), reward.preprocess(shifted))
+
+
+def test_towers_in_bfloat16_score_nearly_the_same_in_float32(folder: Path) -> None:
+    images = smooth_images(32, 32)
+    full, half = (get_reward("pickscore", path=str(folder), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    scores = half(images, PROMPTS)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, full(images, PROMPTS), rtol=0, atol=2e-2)

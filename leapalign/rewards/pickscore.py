@@ -82,7 +82,7 @@ class ClipScorer(torch.nn.Module):
         features = self.model.get_image_features(
             pixel_values=self.preprocess(images).to(self.model.dtype)
         ).pooler_output
-        return F.normalize(features.float(), dim=-1)
+        return _unit(features)
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors ``(B, D)``."""
@@ -91,7 +91,7 @@ class ClipScorer(torch.nn.Module):
         features = self.model.get_text_features(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         ).pooler_output
-        return F.normalize(features.float(), dim=-1)
+        return _unit(features)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         cosine = (self.embed_images(images) * self.embed_prompts(prompts)).sum(dim=-1)
@@ -99,3 +99,8 @@ class ClipScorer(torch.nn.Module):
             return cosine
         logit = cosine * self.model.logit_scale.exp()
         return logit if self.scale == "logit" else (logit + self.model.config.logit_bias).sigmoid()
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Unit vectors, in float32 or wider."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
