@@ -29,12 +29,9 @@ class Objective:
 
     def score(self, latents: Tensor, prompts: Sequence[str]) -> RewardGradient:
         """Rewards of ``latents (N, ...)`` and their gradients; latent n was made for ``prompts[n % B]``."""
-        with stage("reward"), made_for("reward"):
-            return self._score(latents, prompts)
-
-    def _score(self, latents: Tensor, prompts: Sequence[str]) -> RewardGradient:
         repeated = [prompts[n % len(prompts)] for n in range(len(latents))]
-        return reward_gradient(self.decode, self.reward, latents, repeated, self.chunk)
+        with stage("reward"), made_for("reward"):
+            return reward_gradient(self.decode, self.reward, latents, repeated, self.chunk)
 
     def true_gradient(self, rollout: Rollout, prompts: Sequence[str]) -> Tensor:
         """Gradient ``(B, ...)`` of the unweighted mean hinge loss at the generated latents."""

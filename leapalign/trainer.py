@@ -63,18 +63,25 @@ class Trainer:
             method.plan(model.sigmas(steps), **method.draw(steps, 1, torch.Generator()))
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
-        weights = place(model, reward, config.memory, training_device())
+        embeddings = encode_prompts(config.model, prompts)
+        return cls.assembled(config, model, prompts, embeddings, reward, method, training_device())
+
+    @classmethod
+    def assembled(
+        cls,
+        config: Config,
+        model: FlowModel[Any],
+        prompts: list[str],
+        embeddings: Any,
+        reward: RewardFn,
+        method: Method,
+        device: torch.device,
+    ) -> Trainer:
+        """Puts the parts where ``config`` says, with the optimizer that it names."""
+        weights = place(model, reward, config.memory, device)
         parameters = [p for p in model.transformer.parameters() if p.requires_grad]
         optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights)
-        return cls(
-            config=config,
-            model=model,
-            prompts=prompts,
-            embeddings=encode_prompts(config.model, prompts),
-            reward=reward,
-            method=method,
-            optimizer=optimizer,
-        )
+        return cls(config, model, prompts, embeddings, reward, method, optimizer)
 
     def resume(self, checkpoint: Path) -> None:
         """Continues after ``checkpoint``. Raises UserError where it cannot be read."""

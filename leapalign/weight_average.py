@@ -46,11 +46,9 @@ class WeightAverage:
                     stochastic_round_(average, ema_update_(average.float(), weights, decay), self._seed, position)
             position += average.numel()
 
-    @torch.no_grad()
     def copy_to(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sets ``parameters`` to the average, rounded to their dtype."""
-        for average, parameter in zip(self.tensors, parameters, strict=True):
-            parameter.copy_(average)
+        _set(parameters, self.tensors)
 
     def swap_in(self) -> list[Tensor]:
         """Sets the weights to the average, and returns what they were, in host memory."""
@@ -59,8 +57,12 @@ class WeightAverage:
         self.copy_to(self._parameters)
         return own
 
-    @torch.no_grad()
     def swap_out(self, own: Sequence[Tensor]) -> None:
         """Sets the weights back to what `swap_in` returned."""
-        for weights, parameter in zip(own, self._parameters, strict=True):
-            parameter.copy_(weights)
+        _set(self._parameters, own)
+
+
+@torch.no_grad()
+def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

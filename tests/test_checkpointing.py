@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
-from worlds import flux_embeddings
+from worlds import flux_embeddings, small_flux
 
 from leapalign.config import MemoryConfig
 from leapalign.memory.attention import set_attention
@@ -24,17 +24,7 @@ BATCH = 4
 def gradients(**config: Any) -> tuple[Tensor, int]:
     """Gradients of a FLUX of three double and three single blocks, and the peak of activations."""
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=3,
-        num_single_layers=3,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=20,
-        pooled_projection_dim=10,
-        axes_dims_rope=(8, 12, 12),
-    )
+    transformer = small_flux(num_layers=3, num_single_layers=3, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
     model = FluxModel(transformer, build_scheduler(), 32, 32)
     prepare_model(model, MemoryConfig(**config))
     latents, embeddings = torch.randn(BATCH, 64, 16), flux_embeddings(BATCH)

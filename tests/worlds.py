@@ -80,20 +80,21 @@ def conditioned_world(shape: tuple[int, ...], batch: int, steps: int) -> World:
     return World(velocity, list(network.parameters()), rollout, torch.randn(batch, *shape, dtype=torch.float64))
 
 
-def small_flux(guidance_embeds: bool = False) -> FluxTransformer2DModel:
-    """A random FLUX of one double and one single block, over packed latents of 16 channels."""
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=12,
-        num_attention_heads=2,
-        joint_attention_dim=20,
-        pooled_projection_dim=10,
-        guidance_embeds=guidance_embeds,
-        axes_dims_rope=(4, 4, 4),
-    )
+def small_flux(**changes: Any) -> FluxTransformer2DModel:
+    """A random FLUX of one double and one single block, over packed latents of 16 channels, but for ``changes``."""
+    sizes = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 12,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 20,
+        "pooled_projection_dim": 10,
+        "guidance_embeds": False,
+        "axes_dims_rope": (4, 4, 4),
+    }
+    return FluxTransformer2DModel(**{**sizes, **changes})
 
 
 def flux_embeddings(batch: int, dtype: torch.dtype = torch.float32) -> PromptEmbeddings:

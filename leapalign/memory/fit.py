@@ -6,10 +6,11 @@ import re
 from typing import Any
 
 from leapalign.config import Config
-from leapalign.memory.simulate import GPUS, STAGES, Simulation, gib, step_seconds
+from leapalign.memory.simulate import GPUS, Simulation, gib, step_seconds
 from leapalign.report import text_table
 from leapalign.validation import UserError
 
+_WAYS = ("to_device", "to_host")
 _UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
 
 
@@ -30,7 +31,6 @@ def summary(found: Simulation, gpu_memory: int, config: Config) -> dict[str, Any
         "stages": {
             name: {"device_peak_bytes": peak.total, "by_role": dict(peak.by_role)}
             for name, peak in found.device.items()
-            if name in STAGES
         },
         "pcie_bytes": {way: int(sum(size for (_, w), size in found.traffic.items() if w == way)) for way in _WAYS},
         "flops": {name: int(count) for name, count in found.flops.items()},
@@ -41,15 +41,12 @@ def summary(found: Simulation, gpu_memory: int, config: Config) -> dict[str, Any
     }
 
 
-_WAYS = ("to_device", "to_host")
-
-
 def advice(found: Simulation, gpu_memory: int, config: Config) -> str | None:
     """The setting to change first, None where the configuration fits."""
     if found.device_peak <= gpu_memory:
         return None
     memory = config.memory
-    name, peak = max(((name, found.device[name]) for name in STAGES if name in found.device), key=lambda e: e[1].total)
+    name, peak = max(found.device.items(), key=lambda e: e[1].total)
     role = max(peak.by_role, key=lambda r: peak.by_role[r])
     # Cheapest in speed first.
     if name == "reward" and peak.by_role.get("reward", 0) > peak.by_role.get("activations", 0):
@@ -71,10 +68,7 @@ def advice(found: Simulation, gpu_memory: int, config: Config) -> str | None:
 def explanation(found: Simulation, gpu_memory: int, config: Config) -> str:
     """The same for a reader."""
     rows = []
-    for name in STAGES:
-        if name not in found.device:
-            continue
-        peak = found.device[name]
+    for name, peak in found.device.items():
         parts = ", ".join(f"{role} {gib(size)}" for role, size in sorted(peak.by_role.items(), key=lambda e: -e[1]))
         rows.append((name, f"{gib(peak.total)}", parts))
     fits = "fits" if found.device_peak <= gpu_memory else "does not fit"

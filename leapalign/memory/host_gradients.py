@@ -15,14 +15,16 @@ class HostGradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         with host_memory("gradients"):
-            self._sums = {p: torch.zeros_like(p, dtype=torch.float32, device="cpu") for p in parameters}
+            self._sums: dict[Tensor, Tensor] = {
+                p: torch.zeros_like(p, dtype=torch.float32, device="cpu") for p in parameters
+            }
 
     @torch.no_grad()
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """A `leapalign.surrogate.GradientSink`."""
         note_traffic("to_host", gradient.nbytes)
         with host_memory("gradients"):
-            self._sums[parameter].add_(gradient.to("cpu"))  # type: ignore[index]
+            self._sums[parameter].add_(gradient.to("cpu"))
 
     def __getitem__(self, parameter: nn.Parameter) -> Tensor:
         return self._sums[parameter]

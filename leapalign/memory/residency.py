@@ -6,7 +6,9 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
 
 Role = Literal["weights", "gradients", "optimizer", "average", "activations", "reward", "latents"]
 
@@ -32,7 +34,7 @@ def made_for(role: Role) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _set(variable: ContextVar, value: object) -> Iterator[None]:  # type: ignore[type-arg]
+def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
     token = variable.set(value)
     try:
         yield

@@ -29,12 +29,10 @@ from leapalign import surrogate
 from leapalign.config import Config
 from leapalign.embedded import resolve
 from leapalign.memory.ledger import Peak, StorageLedger
-from leapalign.memory.placement import place
 from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage
 from leapalign.methods import get_method
 from leapalign.models.flux import FluxModel, PromptEmbeddings
 from leapalign.models.velocity import GuidedEmbeddings
-from leapalign.optim import Optimizer
 from leapalign.rewards.pickscore import ClipScorer
 from leapalign.trainer import Trainer
 from leapalign.validation import UserError, brief
@@ -46,6 +44,7 @@ REWARD = SKELETONS / "vit_h_14"
 TEXT_TOKENS = 512
 """FLUX.1's length of a prompt; a model folder's tokenizer may say less."""
 ROLLOUTS = 2
+STAGES: tuple[Stage, ...] = ("rollout", "reward", "surrogate", "optimizer")
 
 GPUS = {"RTX 4090": (150e12, 25e9), "H100": (989e12, 50e9)}
 """Dense bfloat16 FLOP/s and bytes/s each way between host and device, to compute times with."""
@@ -53,7 +52,7 @@ GPUS = {"RTX 4090": (150e12, 25e9), "H100": (989e12, 50e9)}
 
 @dataclasses.dataclass(frozen=True)
 class Simulation:
-    """An iteration's needs. Stages: ``rollout``, ``reward``, ``surrogate``, ``optimizer`` (and ``setup`` before).
+    """An iteration's needs. Stages: ``rollout``, ``reward``, ``surrogate``, ``optimizer``.
 
     device, host: the peak of each stage. flops, traffic: of the simulated iteration of `ROLLOUTS` rollouts, scaled
     to the configuration's number.
@@ -67,11 +66,11 @@ class Simulation:
 
     @property
     def device_peak(self) -> int:
-        return max(self.device[name].total for name in STAGES if name in self.device)
+        return max(peak.total for peak in self.device.values())
 
     @property
     def host_peak(self) -> int:
-        return max((self.host[name].total for name in STAGES if name in self.host), default=0)
+        return max((peak.total for peak in self.host.values()), default=0)
 
 
 class _Spectator(TorchDispatchMode):
@@ -168,8 +167,8 @@ def simulate(config: Config) -> Simulation:
     rollouts = config.train.batch_size / min(config.rollout.batch_size, config.train.batch_size)
     scale = {name: 1.0 if name == "optimizer" else rollouts / ROLLOUTS for name in STAGES}
     return Simulation(
-        device=ledger.device.peaks,
-        host=ledger.host.peaks,
+        device={name: ledger.device.peaks[name] for name in STAGES if name in ledger.device.peaks},
+        host={name: ledger.host.peaks[name] for name in STAGES if name in ledger.host.peaks},
         trainable_parameters=sum(parameter.numel() for parameter in parameters),
         flops={name: scale[name] * spectator.flops[name] for name in STAGES},
         traffic={(name, way): scale[name] * size for (name, way), size in (TRAFFIC - before).items() if name in scale},
@@ -189,9 +188,6 @@ def _replayed(model: Any, mode: FakeTensorMode, ledger: StorageLedger, flops: Co
         model.velocity, surrogate._velocity_vjp = velocity, vjp
 
 
-STAGES: tuple[Stage, ...] = ("rollout", "reward", "surrogate", "optimizer")
-
-
 def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:
     if parameter.grad is not None:
         ledger.count(parameter.grad, role="gradients")
@@ -203,10 +199,11 @@ def _fake_trainer(config: Config, mode: FakeTensorMode, ledger: StorageLedger) -
     folder = KNOWN_MODELS.get(config.model.path, Path(resolve(config.model.path)))
     with mode, _default_dtype(dtype):
         try:
-            transformer = FluxTransformer2DModel.from_config(_config(FluxTransformer2DModel, folder, "transformer"))
+            sizes = FluxTransformer2DModel.load_config(folder, subfolder="transformer")
+            transformer = FluxTransformer2DModel.from_config(sizes)
             vae = None
             if (folder / "vae").is_dir():
-                vae = AutoencoderKL.from_config(_config(AutoencoderKL, folder, "vae"))
+                vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
         except (OSError, ValueError) as error:
             raise UserError(
@@ -230,18 +227,9 @@ def _fake_trainer(config: Config, mode: FakeTensorMode, ledger: StorageLedger) -
     ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
     ledger.count(*(vae.parameters() if vae else ()), *reward.parameters(), *reward.buffers(), role="reward")
     ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())
-    weights = place(model, reward, config.memory, torch.device("cpu"))
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights)
-    return Trainer(
-        config=dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size)),
-        model=model,
-        prompts=["a prompt"] * size,
-        embeddings=embeddings,
-        reward=reward,
-        method=get_method(**config.method),
-        optimizer=optimizer,
-    )
+    two_rollouts = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+    method, device = get_method(**config.method), torch.device("cpu")
+    return Trainer.assembled(two_rollouts, model, ["a prompt"] * size, embeddings, reward, method, device)
 
 
 def _longest_prompt(folder: Path) -> int:
@@ -250,10 +238,6 @@ def _longest_prompt(folder: Path) -> int:
     except OSError:
         return TEXT_TOKENS
     return int(settings.get("model_max_length", TEXT_TOKENS))
-
-
-def _config(cls: Any, folder: Path, subfolder: str) -> Any:
-    return cls.load_config(folder, subfolder=subfolder)
 
 
 @contextlib.contextmanager
