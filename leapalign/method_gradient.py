@@ -42,10 +42,14 @@ class Objective:
 
 def draw_several(
     method: Method, draws: int, num_steps: int, batch_size: int, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Index tensors of ``draws`` draws on one rollout of ``batch_size`` samples, one after the other."""
-    drawn = [method.draw(num_steps, batch_size, generator) for _ in range(draws)]
-    return {name: torch.cat([one[name] for one in drawn], dim=-1) for name in drawn[0]}
+) -> list[dict[str, Tensor]]:
+    """Index tensors of ``draws`` draws for ``batch_size`` samples."""
+    return [method.draw(num_steps, batch_size, generator) for _ in range(draws)]
+
+
+def joined(draws: Sequence[dict[str, Tensor]], samples: slice = slice(None)) -> dict[str, Tensor]:
+    """``draws`` as one, of some ``samples``: the columns of the first draw, then those of the next."""
+    return {name: torch.cat([one[name][..., samples] for one in draws], dim=-1) for name in draws[0]}
 
 
 def method_backward(
@@ -62,7 +66,7 @@ def method_backward(
 ) -> dict[str, Tensor]:
     """Accumulates the gradient of ``share`` times the method's loss into ``.grad``, or hands it to ``gradient_sink``.
 
-    indices: of one draw, or of `draw_several`; the gradient is the mean over all columns.
+    indices: of one draw, or of several `joined`; the gradient is the mean over all columns.
 
     Returns metrics as tensors, an entry a column: ``reward``, ``loss``, ``hinge_closed``, the method's diagnostics,
     ``gradient_term_R`` (the norm of row R's cotangent) and ``discount_R`` (what its input's gradient was multiplied

@@ -16,7 +16,7 @@ from leapalign.config import Config
 from leapalign.embedded import resolve
 from leapalign.memory.placement import place, training_device
 from leapalign.memory.residency import stage
-from leapalign.method_gradient import Objective, draw_several, method_backward
+from leapalign.method_gradient import Objective, draw_several, joined, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import encode_prompts, load_model
 from leapalign.models.protocol import FlowModel
@@ -101,12 +101,20 @@ class Trainer:
 
     def train_one(self) -> dict[str, float]:
         """One optimizer step over ``train.batch_size`` images; the mean of their metrics."""
-        total = self.config.train.batch_size
-        size = min(self.config.rollout.batch_size, total)
+        config = self.config
+        total = config.train.batch_size
+        size = min(config.rollout.batch_size, total)
         first = self.iteration * total
+        generator = torch.Generator().manual_seed(seed_of(config.seed, INDEX_STREAM, first))
+        # For all images at once, so that how many share a rollout changes nothing.
+        draws = draw_several(self.method, config.train.leaps_per_rollout, config.rollout.num_steps, total, generator)
         parts = [
-            self._accumulate(range(start, start + size), share=size / total)
-            for start in range(first, first + total, size)
+            self._accumulate(
+                range(first + start, first + start + size),
+                joined(draws, slice(start, start + size)),
+                share=size / total,
+            )
+            for start in range(0, total, size)
         ]
         # The first part may have measured more than the others.
         metrics = {name: float(torch.cat([part[name] for part in parts if name in part]).mean()) for name in parts[0]}
@@ -114,7 +122,7 @@ class Trainer:
         with stage("optimizer"):
             return metrics | self.optimizer.step()
 
-    def _accumulate(self, positions: range, share: float) -> dict[str, Tensor]:
+    def _accumulate(self, positions: range, indices: dict[str, Tensor], share: float) -> dict[str, Tensor]:
         """Adds the gradient of ``share`` times the mean loss over the images at ``positions`` of the run."""
         config = self.config
         chosen = [self.order[position] for position in positions]
@@ -123,10 +131,6 @@ class Trainer:
         noise = self.model.draw_noise([seed_of(config.seed, NOISE_STREAM, position) for position in positions])
         with stage("rollout"):
             rollout = sample_rollout(velocity, noise, self.model.sigmas(config.rollout.num_steps))
-        generator = torch.Generator().manual_seed(seed_of(config.seed, INDEX_STREAM, positions.start))
-        indices = draw_several(
-            self.method, config.train.leaps_per_rollout, rollout.num_steps, len(positions), generator
-        )
         objective = Objective(self.model.decode, self.reward, config.threshold, config.train.reward_chunk)
         microbatch = config.train.microbatch
         metrics = method_backward(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from worlds import World, conditioned_world, flux_world, relative_difference
 
-from leapalign.method_gradient import draw_several
+from leapalign.method_gradient import draw_several, joined
 from leapalign.methods import METHODS, get_method
 from leapalign.surrogate import surrogate_backward
 
@@ -82,7 +82,7 @@ def inlined(world: World, name: str, options: dict[str, Any], draws: int) -> tup
 def draw(world: World, name: str, options: dict[str, Any], draws: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     rollout = world.rollout
-    return draw_several(get_method(name, **options), draws, rollout.num_steps, rollout.batch_size, generator)
+    return joined(draw_several(get_method(name, **options), draws, rollout.num_steps, rollout.batch_size, generator))
 
 
 def x0_gradient(world: World, columns: int) -> Tensor:

@@ -45,7 +45,7 @@ class LeapAlign(SurrogateMethod):
     concentration: tuple[PositiveFloat, ...] = (2.0, 6.0, 2.5)
     """Of the parts before, between and after the starts, for ``dirichlet``; FlowBP's values."""
     per_image: bool = True
-    """Whether every image has its own starts, or a rollout one set for all."""
+    """Whether every image has its own starts, or an iteration one set for all."""
     weigh_by: Literal["all", "connectors", "end", "none"] = "all"
     """Distances in the consistency weight: to all targets (the paper), the connectors' only, the image only, none."""
     reward_on: Literal["image", "posterior_mean"] = "image"
