@@ -101,6 +101,13 @@ class Trainer:
 
     def train_one(self) -> dict[str, float]:
         """One optimizer step over ``train.batch_size`` images; the mean of their metrics."""
+        metrics = self.accumulate_gradients()
+        metrics["learning_rate"] = self.optimizer.learning_rate
+        with stage("optimizer"):
+            return metrics | self.optimizer.step()
+
+    def accumulate_gradients(self) -> dict[str, float]:
+        """The gradient of this iteration's mean loss, rollout by rollout; the mean of the images' metrics."""
         config = self.config
         total = config.train.batch_size
         size = min(config.rollout.batch_size, total)
@@ -117,10 +124,7 @@ class Trainer:
             for start in range(0, total, size)
         ]
         # The first part may have measured more than the others.
-        metrics = {name: float(torch.cat([part[name] for part in parts if name in part]).mean()) for name in parts[0]}
-        metrics["learning_rate"] = self.optimizer.learning_rate
-        with stage("optimizer"):
-            return metrics | self.optimizer.step()
+        return {name: float(torch.cat([part[name] for part in parts if name in part]).mean()) for name in parts[0]}
 
     def _accumulate(self, positions: range, indices: dict[str, Tensor], share: float) -> dict[str, Tensor]:
         """Adds the gradient of ``share`` times the mean loss over the images at ``positions`` of the run."""

@@ -124,24 +124,16 @@ def test_splitting_the_work_changes_only_rounding(parts: Path, tmp_path: Path, a
 def gradient(config: Config) -> Tensor:
     """The gradient of the first iteration."""
     trainer = Trainer.from_config(config)
-    total, size = config.train.batch_size, config.rollout.batch_size
-    for start in range(0, total, size):
-        trainer._accumulate(range(start, start + size), share=size / total)
+    trainer.accumulate_gradients()
     return torch.cat([p.grad.flatten() for p in trainer.model.transformer.parameters() if p.grad is not None])
 
 
 def test_accumulated_gradient_is_the_mean_over_rollouts(parts: Path, tmp_path: Path) -> None:
-    """Two rollouts of 4 give the mean of their gradients: one division by the accumulation count."""
-    both = gradient(config_of(parts, tmp_path, "train.batch_size=8"))
-    trainer = Trainer.from_config(config_of(parts, tmp_path))
-    singles = []
-    for start in (0, 4):
-        trainer._accumulate(range(start, start + 4), share=1.0)
-        singles.append(
-            torch.cat([p.grad.flatten() for p in trainer.model.transformer.parameters() if p.grad is not None])
-        )
-        trainer.model.transformer.zero_grad()
-    torch.testing.assert_close(both, (singles[0] + singles[1]) / 2, rtol=1e-4, atol=1e-6)
+    """Two rollouts of four, one of eight."""
+    several, one = (
+        gradient(config_of(parts, tmp_path, "train.batch_size=8", f"rollout.batch_size={size}")) for size in (4, 8)
+    )
+    torch.testing.assert_close(several, one, rtol=1e-4, atol=1e-6)
 
 
 def test_run_folder_holds_what_it_promises(parts: Path, tmp_path: Path) -> None:
@@ -241,13 +233,12 @@ def test_several_leaps_on_a_rollout_give_the_mean_of_their_gradients(
         {"k": torch.tensor([1, 0, 1, 0]), "j": torch.tensor([2, 1, 2, 2])},
     ]
     queue: list[dict[str, Tensor]] = []
-    monkeypatch.setattr(LeapAlign, "draw", lambda *_: queue.pop(0) if queue else drawn[0])
+    monkeypatch.setattr(LeapAlign, "draw", lambda *_: queue.pop(0))
 
     def of(*draws: dict[str, Tensor]) -> Tensor:
-        trainer = Trainer.from_config(config_of(parts, tmp_path, f"train.leaps_per_rollout={len(draws)}"))
-        queue.extend(draws)
-        trainer._accumulate(range(4), share=1.0)
-        return torch.cat([p.grad.flatten() for p in trainer.model.transformer.parameters() if p.grad is not None])
+        # Making a trainer draws once, to check the options.
+        queue.extend([drawn[0], *draws])
+        return gradient(config_of(parts, tmp_path, f"train.leaps_per_rollout={len(draws)}"))
 
     one, other = of(drawn[0]), of(drawn[1])
     torch.testing.assert_close(of(*drawn), (one + other) / 2, rtol=1e-4, atol=1e-7)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from leapalign.config import MemoryConfig
@@ -27,7 +28,7 @@ def prepare_model(model: FlowModel[Any], config: MemoryConfig) -> None:
     if config.checkpointing != "none":
         checkpoint_blocks(model.transformer, config.checkpointing == "attention", config.checkpoint_every)
     if config.checkpoint_decoder and model.decoder is not None:
-        checkpoint_blocks(model.decoder)
+        checkpoint_resnets(model.decoder)
 
 
 def checkpoint_blocks(model: Any, keep_attention: bool = False, every: int = 1) -> None:
@@ -39,6 +40,19 @@ def checkpoint_blocks(model: Any, keep_attention: bool = False, every: int = 1) 
     if not getattr(model, "_supports_gradient_checkpointing", False):
         raise UserError(f"{type(model).__name__} cannot recompute blocks; set memory.checkpointing to none")
     model.enable_gradient_checkpointing(_Recompute(keep_attention, every))
+
+
+def checkpoint_resnets(decoder: nn.Module) -> None:
+    """Has each residual block of ``decoder`` and each upsampling be recomputed in its backward pass.
+
+    Diffusers' VAEs would recompute their up blocks, three residual blocks at the image's full size at once. Raises
+    UserError where there are none.
+    """
+    lists = [module for name, module in decoder.named_modules() if name.endswith((".resnets", ".upsamplers"))]
+    if not lists:
+        raise UserError(f"{type(decoder).__name__} has no residual blocks; set memory.checkpoint_decoder to false")
+    for block in (block for members in lists for block in members.children()):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Recompute:
