@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
     memory.add_argument("--config", type=Path, required=True, help="YAML file, see configs/flux1_dev")
     memory.add_argument("--gpu-memory", default="80GiB", help="what has to suffice, such as 24GiB")
+    memory.add_argument("--auto", action="store_true", help="find the fastest settings that fit (several minutes)")
     memory.set_defaults(execute=memory_command)
 
     doctor = commands.add_parser("doctor", help="versions, devices, and the backend of each kernel")
@@ -225,15 +226,22 @@ def _generate(config: Config, model: Any, embeddings: Any, seed: int) -> Any:
 
 def memory_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.config import load_config
+    from leapalign.memory.auto import fastest
     from leapalign.memory.fit import explanation, parse_size, summary
     from leapalign.memory.simulate import simulate
 
     gpu_memory = parse_size(arguments.gpu_memory)
     config = load_config(arguments.config, overrides)
-    found = simulate(config)
+    result: dict[str, Any] = {}
+    if arguments.auto:
+        settings, config, found = fastest(config, gpu_memory, lambda line: print(line, file=sys.stderr))
+        result["settings"] = list(settings)
+        print(f"The fastest settings that fit:\n  {' '.join(settings)}\n")
+    else:
+        found = simulate(config)
     print(explanation(found, gpu_memory, config))
     if arguments.json:
-        print(json.dumps(summary(found, gpu_memory, config)))
+        print(json.dumps({**summary(found, gpu_memory, config), **result}))
 
 
 def doctor_command(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -53,19 +53,26 @@ def reward_gradient(
     reward gradient. ``chunk``: most samples decoded at once. Raises ValueError where the reward does not return one
     differentiable score a sample.
     """
-    rewards, gradients, images = [], [], []
-    for start in range(0, len(latents), chunk or len(latents)):
-        part = slice(start, start + (chunk or len(latents)))
-        with torch.enable_grad():
-            x = latents[part].detach().requires_grad_()
-            image = to_unit_range(decode(x))
-            scores = reward(image, prompts[part])
-        if scores.shape != (len(x),) or not scores.requires_grad:
-            raise ValueError(
-                f"a reward must return one differentiable score a sample, shape ({len(x)},); got shape "
-                f"{tuple(scores.shape)}{'' if scores.requires_grad else ' without a gradient'}"
-            )
-        gradients.append(torch.autograd.grad(scores.sum(), x)[0])
-        rewards.append(scores.detach())
-        images.append(image.detach())
-    return RewardGradient(torch.cat(rewards), torch.cat(gradients), torch.cat(images))
+    size = chunk or len(latents)
+    parts = [
+        _chunk_gradient(decode, reward, latents[start : start + size], prompts[start : start + size])
+        for start in range(0, len(latents), size)
+    ]
+    return RewardGradient(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _chunk_gradient(
+    decode: Callable[[Tensor], Tensor], reward: RewardFn, latents: Tensor, prompts: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards, their gradient and the images of ``latents``; the graph is freed on return."""
+    with torch.enable_grad():
+        x = latents.detach().requires_grad_()
+        image = to_unit_range(decode(x))
+        scores = reward(image, prompts)
+    if scores.shape != (len(x),) or not scores.requires_grad:
+        raise ValueError(
+            f"a reward must return one differentiable score a sample, shape ({len(x)},); got shape "
+            f"{tuple(scores.shape)}{'' if scores.requires_grad else ' without a gradient'}"
+        )
+    (gradient,) = torch.autograd.grad(scores.sum(), x)
+    return scores.detach(), gradient, image.detach()

@@ -14,6 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from transformers import CLIPConfig, CLIPModel
 
-from leapalign import surrogate
+from leapalign import reward_gradient, surrogate
 from leapalign.config import Config
 from leapalign.embedded import resolve
 from leapalign.memory.ledger import Peak, StorageLedger
@@ -73,6 +75,15 @@ class Simulation:
         return max((peak.total for peak in self.host.values()), default=0)
 
 
+_COUNTED_AS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+"""Operations that PyTorch has no count of FLOPs for, and those that compute the same."""
+
+
 class _Spectator(TorchDispatchMode):
     """Counts FLOPs by stage, and lets code that asks a fake tensor for its value go on with 1."""
 
@@ -86,7 +97,8 @@ class _Spectator(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
         result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        packet = func._overloadpacket
+        count = flop_registry.get(_COUNTED_AS.get(packet, packet))
         if count is not None:
             self.flops[STAGE.get()] += count(*args, **(kwargs or {}), out_val=result)
         return result
@@ -113,10 +125,10 @@ class _Replay:
             TRAFFIC.update(traffic)
             self._ledger.reach(more)
             with self._mode:
-                return None if made is None else torch.empty(made[0], dtype=made[1])
+                return tree_map_only(partial, lambda make: make(), made)
         flops, traffic = self._flops.copy(), TRAFFIC.copy()
         result, more = self._ledger.peak_of(lambda: self._run(*arguments, **options))
-        made = None if result is None else (result.shape, result.dtype)
+        made = tree_map_only(Tensor, lambda t: partial(torch.empty, t.shape, dtype=t.dtype), result)
         runs.append((made, more, self._flops - flops, TRAFFIC - traffic))
         return result
 
@@ -177,15 +189,16 @@ def simulate(config: Config) -> Simulation:
 
 @contextlib.contextmanager
 def _replayed(model: Any, mode: FakeTensorMode, ledger: StorageLedger, flops: Counter[Stage]) -> Iterator[None]:
-    """Within the block, what a rollout and a backward pass do over and over runs twice."""
-    velocity, vjp = model.velocity, surrogate._velocity_vjp
+    """Within the block, what an iteration does over and over runs twice."""
+    velocity, vjp, chunk = model.velocity, surrogate._velocity_vjp, reward_gradient._chunk_gradient
     rollout = _Replay(velocity, mode, ledger, flops)
     model.velocity = lambda *arguments: (velocity if torch.is_grad_enabled() else rollout)(*arguments)
     surrogate._velocity_vjp = _Replay(vjp, mode, ledger, flops)
+    reward_gradient._chunk_gradient = _Replay(chunk, mode, ledger, flops)
     try:
         yield
     finally:
-        model.velocity, surrogate._velocity_vjp = velocity, vjp
+        model.velocity, surrogate._velocity_vjp, reward_gradient._chunk_gradient = velocity, vjp, chunk
 
 
 def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:
