@@ -79,13 +79,18 @@ def explanation(found: Simulation, gpu_memory: int, config: Config) -> str:
         text_table(("stage", "GiB", "of which, at that moment"), rows),
         "",
         "Seconds an iteration, computed from FLOPs and bytes at a GPU's full rates, not measured:",
+        "",
+        text_table(("GPU", "stage", "compute", "transfer", "transfer / compute"), _seconds(found)),
     ]
-    for gpu in GPUS:
-        seconds = step_seconds(found, gpu)
-        cells = ", ".join(
-            f"{name} {s['compute']:.1f}" + (f" (transfer {s['transfer']:.1f})" if s["transfer"] else "")
-            for name, s in seconds.items()
-        )
-        lines.append(f"  {gpu}: {cells}")
     change = advice(found, gpu_memory, config)
     return "\n".join([*lines, *(["", f"To fit: {change}."] if change else [])])
+
+
+def _seconds(found: Simulation) -> list[tuple[str, str, str, str, str]]:
+    rows = []
+    for gpu in GPUS:
+        for name, seconds in step_seconds(found, gpu).items():
+            compute, transfer = seconds["compute"], seconds["transfer"]
+            ratio = f"{transfer / compute:.2f}" if compute and transfer else ""
+            rows.append((gpu, name, f"{compute:.1f}", f"{transfer:.1f}", ratio))
+    return rows

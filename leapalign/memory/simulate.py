@@ -163,8 +163,11 @@ class _Pictures:
     image_std: Sequence[float] = (0.27, 0.26, 0.28)
 
 
-def simulate(config: Config) -> Simulation:
-    """Runs an iteration of ``config`` on fake tensors. Raises UserError where the model's configs cannot be read."""
+def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_one) -> Simulation:
+    """Runs an iteration of ``config`` on fake tensors. Raises UserError where the model's configs cannot be read.
+
+    iterate: runs it; another's to compare with.
+    """
     config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, attention="native"))
     ledger, spectator = StorageLedger(), _Spectator()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -175,7 +178,7 @@ def simulate(config: Config) -> Simulation:
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(lambda p: _count_gradient(ledger, p))
         with _replayed(trainer.model, mode, ledger, spectator.flops):
-            trainer.train_one()
+            iterate(trainer)
     rollouts = config.train.batch_size / min(config.rollout.batch_size, config.train.batch_size)
     scale = {name: 1.0 if name == "optimizer" else rollouts / ROLLOUTS for name in STAGES}
     return Simulation(
