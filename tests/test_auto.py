@@ -1,0 +1,77 @@
+"""The search for settings that fit, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from test_placement import BYTES
+from test_trainer import config_of, parts
+
+from leapalign import cli
+from leapalign.config import Config, override, save_config
+from leapalign.memory import auto
+from leapalign.memory.auto import FILLED, fastest
+from leapalign.memory.simulate import simulate
+from leapalign.validation import UserError, validated
+
+__all__ = ["parts"]
+
+
+def asked(parts: Path, tmp_path: Path) -> Config:
+    return config_of(parts, tmp_path, BYTES, "train.batch_size=8", "rollout.batch_size=1", "train.microbatch=1")
+
+
+def test_plenty_of_memory_buys_the_fastest_of_everything(parts: Path, tmp_path: Path) -> None:
+    settings, config, found = fastest(asked(parts, tmp_path), 2**40)
+    assert (config.memory.optimizer, config.memory.weights, config.memory.checkpointing) == (
+        "device",
+        "resident",
+        "none",
+    )
+    assert (config.rollout.batch_size, config.train.microbatch, config.train.reward_chunk) == (8, 8, None)
+    assert found == simulate(config)
+    assert "memory.optimizer=device" in settings
+
+
+def test_less_memory_makes_it_slower_step_by_step(parts: Path, tmp_path: Path) -> None:
+    """Every result fits, and a micro-batch twice as large would not."""
+    config = asked(parts, tmp_path)
+    most = fastest(config, 2**40)[2].device_peak
+    least = simulate(applied(config, *auto.PLACES[-1], *auto.SMALLEST)).device_peak
+    places = []
+    for share in (0.9, 0.1):
+        memory = (least + share * (most - least)) / FILLED
+        settings, chosen, found = fastest(config, int(memory))
+        assert found.device_peak <= memory * FILLED
+        places.append(settings[:2])
+        size = 2 * (chosen.train.microbatch or 0)
+        if size <= chosen.rollout.batch_size:
+            larger = simulate(applied(config, *settings, f"train.microbatch={size}"))
+            assert larger.device["surrogate"].total > memory * FILLED
+    assert places == sorted(places, key=auto.PLACES.index)
+    assert len(set(places)) > 1
+    with pytest.raises(UserError, match=r"nothing fits.*reduce the size of the images"):
+        fastest(config, least // 2)
+
+
+def applied(config: Config, *settings: str) -> Config:
+    return validated(Config, override(dataclasses.asdict(config), settings), "test")
+
+
+def test_the_command_prints_settings_that_can_be_pasted(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(asked(parts, tmp_path), path)
+    assert cli.main(["memory", "--config", str(path), "--auto", "--gpu-memory", "1GiB", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out.splitlines()[-1])
+    assert found["fits"]
+    assert " ".join(found["settings"]) in printed.out
+    assert "GiB with memory.optimizer=device" in printed.err
+    assert cli.main(["memory", "--config", str(path), "--json", *found["settings"]]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["device_peak_bytes"] == found["device_peak_bytes"]
