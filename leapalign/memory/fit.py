@@ -86,11 +86,11 @@ def explanation(found: Simulation, gpu_memory: int, config: Config) -> str:
     return "\n".join([*lines, *(["", f"To fit: {change}."] if change else [])])
 
 
-def _seconds(found: Simulation) -> list[tuple[str, str, str, str, str]]:
+def _seconds(found: Simulation) -> list[list[str]]:
     rows = []
     for gpu in GPUS:
         for name, seconds in step_seconds(found, gpu).items():
             compute, transfer = seconds["compute"], seconds["transfer"]
             ratio = f"{transfer / compute:.2f}" if compute and transfer else ""
-            rows.append((gpu, name, f"{compute:.1f}", f"{transfer:.1f}", ratio))
+            rows.append([gpu, name, f"{compute:.1f}", f"{transfer:.1f}", ratio])
     return rows
