@@ -19,7 +19,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 from leap_kernels import Adam8bitState, adamw_8bit_step_, use_backend
-from leap_kernels.adamw_8bit_step import MAP1, MAP2
+from leap_kernels._moments import MAP1, MAP2
 from leap_kernels.tools.bench import processor
 from leap_kernels.tools.report import provenance
 

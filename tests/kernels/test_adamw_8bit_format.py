@@ -19,7 +19,7 @@ from adamw_cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from leap_kernels import Adam8bitState
-from leap_kernels.adamw_8bit_step import MAP1, MAP2, _multiply_add
+from leap_kernels._moments import MAP1, MAP2, multiply_add
 from torch import Tensor
 
 
@@ -101,6 +101,6 @@ def test_multiply_add_rounds_once() -> None:
     one, tiny = torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.tensor([2.0**-60, -(2.0**-60), 2.0**-60, -(2.0**-60)])
     tie = one * (1 + 2**-12)
     # (1 + 2^-12)^2 = 1 + 2^-11 + 2^-24 is half-way between two floats.
-    result = _multiply_add(tie, 1 + 2**-12, tiny)
+    result = multiply_add(tie, 1 + 2**-12, tiny)
     low, high = 1 + 2**-11, 1 + 2**-11 + 2**-23
     assert result.tolist() == [high, low, -low, -high]
