@@ -60,7 +60,7 @@ def test_bits_are_those_of_stochastic_round(backend: str) -> None:
         assert torch.equal(stepped.view(torch.int16), rounded.view(torch.int16))
 
 
-@pytest.mark.triton
+@pytest.mark.interpreter
 @pytest.mark.parametrize("offset", [0, 5, (1 << 62) + 3])
 @by_gradient_dtype
 @by_dtype

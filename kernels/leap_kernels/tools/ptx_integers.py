@@ -119,11 +119,9 @@ def _shift(shift: Callable[[Lanes, Lanes], Lanes], value: Lanes, by: Lanes) -> L
 
 def _extract(value: Lanes, position: Lanes, length: Lanes) -> Lanes:
     """Return bits from the middle of a number; those of a signed one are a signed number."""
-    signed = value.dtype == np.int64
-    bits = (value.view(np.uint64) >> position.view(np.uint64)) & (
-        (np.uint64(1) << length.view(np.uint64)) - np.uint64(1)
-    )
-    sign = np.uint64(signed) << (length.view(np.uint64) - np.uint64(1))
+    one, length = np.uint64(1), length.view(np.uint64)
+    bits = (value.view(np.uint64) >> position.view(np.uint64)) & ((one << length) - one)
+    sign = np.uint64(value.dtype == np.int64) << (length - one)
     return (bits ^ sign) - sign
 
 
