@@ -18,7 +18,7 @@ from adamw_cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from leap_kernels import Adam8bitState
+from leap_kernels import Adam8bitState, adamw_8bit_step_, use_backend
 from leap_kernels._moments import MAP1, MAP2, multiply_add
 from torch import Tensor
 
@@ -40,6 +40,21 @@ def bitsandbytes_taken(parameter: Tensor, steps: list[Tensor], gradient_scale: f
 @pytest.mark.parametrize(("entries", "signed"), [(MAP1, True), (MAP2, False)], ids=["signed", "unsigned"])
 def test_maps_are_those_of_bitsandbytes(entries: Tensor, signed: bool) -> None:
     assert torch.equal(entries, bnb.create_dynamic_map(signed=signed))
+
+
+@by_backend
+def test_every_byte_stands_for_its_entry(backend: str) -> None:
+    """Without a gradient and at these settings, weights of 0 become the first moment over the root of the second."""
+    every, top = torch.arange(256, dtype=torch.uint8), torch.full((256,), 255, dtype=torch.uint8)
+    settings = SETTINGS | {"lr": 1.0, "beta1": 0.5, "beta2": 0.75, "weight_decay": 0.0}
+    for state1, state2, eps, expected in (
+        (every, torch.zeros_like(every), 1.0, -MAP1),
+        (top, every, 0.0, -1 / ((MAP2 * 0.75).double().sqrt().float() / 0.5)),
+    ):
+        state, parameter = Adam8bitState(state1.clone(), torch.ones(1), state2.clone(), torch.ones(1)), torch.zeros(256)
+        with use_backend(backend, strict=True):
+            adamw_8bit_step_(parameter, torch.zeros(256), state, **(settings | {"eps": eps}), step=1)
+        assert torch.equal(parameter, expected)
 
 
 @pytest.mark.bitsandbytes
