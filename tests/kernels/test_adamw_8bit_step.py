@@ -161,6 +161,14 @@ def test_what_is_not_finite_stays_in_its_group(backend: str, dtype: torch.dtype,
             assert torch.equal(results[0][position][~hit], expected[0][position][~hit]), moment
 
 
+@by_backend
+def test_a_group_of_nothing_but_nan_has_no_largest_magnitude(backend: str) -> None:
+    parameter = weights(300)
+    ((stepped, *moments),) = taken(backend, parameter, [torch.full((300,), torch.nan)])
+    assert stepped.isnan().all()
+    assert not any(tensor.any() for tensor in moments)
+
+
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 
