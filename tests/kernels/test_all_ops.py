@@ -108,8 +108,10 @@ print(_native.describe().split(",")[1].strip(), digest.hexdigest())
 @pytest.mark.native
 def test_native_bits_do_not_depend_on_the_instruction_set() -> None:
     printed = []
+    here = Path(__file__).parent
+    shared = os.pathsep.join(map(str, (here, here.parent)))
     for isa in ("baseline", "avx2", "avx512"):
-        environment = {**os.environ, "LEAP_NATIVE_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+        environment = {**os.environ, "LEAP_NATIVE_ISA": isa, "PYTHONPATH": shared}
         done = subprocess.run(
             [sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, check=False
         )
