@@ -38,6 +38,11 @@ def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
+def _no_interpreter() -> str | None:
+    """Ask for Triton on CPU tensors; a process either interprets or compiles."""
+    return _triton.unavailable(torch.device("cpu"))
+
+
 def _no_sanitizers() -> str | None:
     """Ask for what building the native core's tests takes: CMake, and a C++ compiler that links sanitizers."""
     if shutil.which("cmake") is None or shutil.which("ctest") is None:
@@ -55,6 +60,7 @@ SKIP_RULES: dict[str, Callable[[], str | None]] = {
     "bitsandbytes": _no_bitsandbytes,
     "cuda": _no_cuda,
     "hub": lambda: None if importlib.util.find_spec("kernels") else "Hugging Face's kernels package is not installed",
+    "interpreter": _no_interpreter,
     "native": _native.unavailable,
     "posix": lambda: None if os.name == "posix" else "not Linux or macOS",
     "sanitizers": _no_sanitizers,

@@ -5,7 +5,8 @@ checks its arguments and picks a backend. Nothing here needs `leapalign`.
 """
 
 from ._dispatch import BackendUnavailable, Explanation, explain, use_backend
-from .adamw_8bit_step import Adam8bitState, adamw_8bit_step_
+from ._moments import Adam8bitState
+from .adamw_8bit_step import adamw_8bit_step_
 from .combine_gradient_terms import combine_gradient_terms
 from .consistency_weighted_loss import consistency_weighted_loss
 from .ema_update import ema_update_

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from ._moments import GROUP
+from .adamw_8bit_step import GROUPS, Factors, adamw_kernel
+from .adamw_8bit_step import WARPS as ADAMW_WARPS
 from .combine_gradient_terms import BLOCK as COMBINE_BLOCK
 from .combine_gradient_terms import combine_kernel
 from .consistency_weighted_loss import BLOCK as LOSS_BLOCK
@@ -30,7 +33,7 @@ LATENTS = "T"
 """Stands for the dtype of the latents in `KernelSpec`: `*T` is a pointer to them."""
 
 TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class KernelSpec:
     """Run-time arguments in order, with Triton's names of types; `*T` points to latents."""
     constexprs: Mapping[str, object]
     reads: tuple[str, ...]
-    """Type of each tensor that is read, once an element: `T`, `fp32` or `bf16`."""
+    """Type of each tensor that is read, once an element: `T`, `fp32`, `bf16` or `u8`."""
     writes: tuple[str, ...]
     """Type of each tensor that is written, once an element."""
     elements: int
@@ -53,6 +56,10 @@ class KernelSpec:
     num_warps: int = 4
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     """Dtypes of the latents that the kernel takes."""
+    per_group: tuple[str, ...] = ()
+    """Arguments with one number for many elements: too few bytes for the width of their accesses to matter."""
+    fp_fusion: bool = True
+    """Whether the compiler may round a product and a sum as one."""
 
     def signature(self, dtype: torch.dtype) -> dict[str, str]:
         """Return the type of every argument, for latents of `dtype`; constants are `constexpr`."""
@@ -192,6 +199,29 @@ _EMA = KernelSpec(
     elements=EMA_BLOCK,
 )
 
+
+def _adamw(variant: str, weights: str, whole_counters: bool) -> KernelSpec:
+    """Return the step of weights of a type, with gradients in the dtype of the latents."""
+    return KernelSpec(
+        f"adamw_8bit_step_{variant}",
+        adamw_kernel,
+        {
+            **{"parameter_ptr": f"*{weights}", "gradient_ptr": "*T"},
+            **{"state1_ptr": "*u8", "absmax1_ptr": "*fp32", "state2_ptr": "*u8", "absmax2_ptr": "*fp32"},
+            **dict.fromkeys(Factors._fields, "fp32"),
+            **{"seed": "u64", "offset": "i64", "count": "i32"},
+        },
+        {"WHOLE_COUNTERS": whole_counters, "GROUPS": GROUPS, "GROUP": GROUP},
+        reads=(weights, "T", "u8", "u8"),
+        writes=(weights, "u8", "u8"),
+        elements=GROUPS * GROUP,
+        num_warps=ADAMW_WARPS,
+        dtypes=(torch.float32, torch.bfloat16),
+        per_group=("absmax1_ptr", "absmax2_ptr"),
+        fp_fusion=False,
+    )
+
+
 OPS: tuple[OpSpec, ...] = (
     OpSpec(
         "leap_update",
@@ -230,5 +260,14 @@ OPS: tuple[OpSpec, ...] = (
     ),
     OpSpec("stochastic_round_", "src rounded to bfloat16, up or down with the odds that make it unbiased", (_ROUND,)),
     OpSpec("ema_update_", "average + (1 - decay) * (weights - average)", (_EMA,)),
-    OpSpec("adamw_8bit_step_", "parameter - lr * (mhat / (sqrt(vhat) + eps) + weight_decay * parameter), 8-bit m, v"),
+    OpSpec(
+        "adamw_8bit_step_",
+        "parameter - lr * (mhat / (sqrt(vhat) + eps) + weight_decay * parameter), 8-bit m, v",
+        (
+            _adamw("", "bf16", True),
+            # An offset that is no multiple of 8.
+            _adamw("/any_offset", "bf16", False),
+            _adamw("/float32", "fp32", True),
+        ),
+    ),
 )

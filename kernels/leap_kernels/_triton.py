@@ -33,6 +33,25 @@ def jit_for_any(*names: str) -> Callable[[Callable[..., None]], Any]:
 
 
 @jit
+def _fma_in_parts(x, y, z):  # type: ignore[no-untyped-def]
+    """Return x * y + z of float32, rounded once, by way of float64."""
+    y, z = tl.cast(y, tl.float32).to(tl.float64), tl.cast(z, tl.float32).to(tl.float64)
+    product = x.to(tl.float64) * y  # exact
+    total = product + z
+    # What float64 has lost (Knuth's sum) must leave its trace in the last bit, or float32 could see a tie.
+    of_z = total - product
+    lost = (product - (total - of_z)) + (z - of_z)
+    bits = total.to(tl.int64, bitcast=True)
+    traceless = (lost != 0.0) & (bits & 1 == 0) & (tl.abs(total) < float("inf"))
+    nearer = tl.where((lost > 0.0) == (total > 0.0), bits + 1, bits - 1)
+    return tl.where(traceless, nearer, bits).to(tl.float64, bitcast=True).to(tl.float32)
+
+
+# Triton's interpreter rounds the product of `tl.fma`, too, and no GPU does.
+fma: Any = _fma_in_parts if INTERPRETER else None if MISSING else tl.fma
+
+
+@jit
 def block_of_sample(per_sample, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return this program's sample, and the addresses and mask of its block: one program per block of one sample."""
     program = tl.program_id(0)

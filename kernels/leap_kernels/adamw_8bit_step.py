@@ -5,21 +5,16 @@
     change = lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps) + lr * weight_decay * parameter
     parameter = parameter - change      any shape; float32, or bfloat16 rounded as `stochastic_round_` does
 
-A moment is stored as bitsandbytes stores it ("8-bit Optimizers via Block-wise Quantization", Dettmers et al., 2021):
-in row-major order, 256 elements share their largest magnitude `absmax`, and an element is map[byte] * absmax. Bytes
-and absmax come out as from bitsandbytes 0.50.2 on a CPU. The weights do not: bitsandbytes rounds bfloat16 to nearest,
-and its factor 1 - lr * weight_decay, in float32, loses a decay below 3e-8.
-
-The byte of x = element / absmax is not always that of the nearest entry of the map: bitsandbytes, on a CPU, rounds x
-to the nearest of 65536 even steps from -1 to 1 first. Hence 0 becomes 2e-5, and nothing smaller exists.
+A moment is stored as bitsandbytes stores it (`_moments.py` says how). Bytes and absmax come out as from bitsandbytes
+0.50.2 on a CPU, on every backend. The weights do not: bitsandbytes rounds bfloat16 to nearest, and its factor
+1 - lr * weight_decay, in float32, loses a decay below 3e-8.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,65 +23,23 @@ from . import _native
 from ._arguments import check_draws, check_writable
 from ._dispatch import choose, register, unsupported
 from ._library import define_in_place
+from ._moments import (
+    GROUP,
+    MAP1,
+    MAP2,
+    TABLE1,
+    TABLE2,
+    Adam8bitState,
+    layout,
+    multiply_add,
+    narrow,
+    narrowed_group,
+    widened,
+    widened_group,
+)
+from ._triton import fma, jit_for_any, tl, triton
+from .stochastic_round import PER_COUNTER, draw_each, draw_eights, round_off
 from .stochastic_round import reference as round_reference
-
-_GROUP = 256
-_PLACES = 65536
-_SINGLE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-
-# ---- format ------------------------------------------------------------------------------------------------
-
-
-def dynamic_map(signed: bool) -> Tensor:
-    """Return what the 256 bytes stand for, ascending: seven decades up to 1, each twice as dense as the one below."""
-    decades = []
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, **_SINGLE)
-        decades.append((edges[:-1] + edges[1:]) / 2 * 10 ** (decade - 6))
-    negative = [-entries for entries in decades] if signed else []
-    return torch.cat([*decades, *negative, torch.tensor([0.0, 1.0], **_SINGLE)]).sort().values
-
-
-def _bytes_of_places(entries: Tensor) -> Tensor:
-    """Return the byte of the nearest entry for each of the even steps from -1 to 1."""
-    steps = torch.arange(_PLACES, **_SINGLE) * 2 / (_PLACES - 1) - 1
-    return torch.searchsorted((entries[:-1] + entries[1:]) * 0.5, steps).to(torch.uint8)
-
-
-MAP1, MAP2 = dynamic_map(signed=True), dynamic_map(signed=False)
-_TABLE1, _TABLE2 = _bytes_of_places(MAP1), _bytes_of_places(MAP2)
-
-
-def _layout(parameter: Tensor) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
-    """Return dtype and shape of the four tensors of a state."""
-    return 2 * ((torch.uint8, tuple(parameter.shape)), (torch.float32, (-(-parameter.numel() // _GROUP),)))
-
-
-@dataclass(frozen=True)
-class Adam8bitState:
-    """The moments of a parameter of n elements, as bitsandbytes keeps them (`MAP1` and `MAP2` are its qmap1 and qmap2).
-
-    The tensors are contiguous and on the parameter's device; `adamw_8bit_step_` changes them in place.
-    """
-
-    state1: Tensor
-    """First moment: uint8, shape of the parameter."""
-    absmax1: Tensor
-    """Its largest magnitudes: float32, (ceil(n / 256),)."""
-    state2: Tensor
-    """Second moment: uint8, shape of the parameter."""
-    absmax2: Tensor
-    """Its largest magnitudes: float32, (ceil(n / 256),)."""
-
-    @classmethod
-    def zeros_like(cls, parameter: Tensor) -> Adam8bitState:
-        """Return the state before the first step: both moments are zero."""
-        return cls(*(parameter.new_zeros(shape, dtype=dtype) for dtype, shape in _layout(parameter)))
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return state1, absmax1, state2 and absmax2."""
-        return self.state1, self.absmax1, self.state2, self.absmax2
-
 
 # ---- reference ---------------------------------------------------------------------------------------------
 
@@ -110,8 +63,8 @@ def reference(
 ) -> None:
     """Take the step on contiguous tensors in plain PyTorch."""
     g = gradient.flatten().float() * factors.gradient_scale
-    m = _multiply_add(g, factors.rest1, _widened(state.state1, state.absmax1, MAP1) * factors.beta1)
-    v = _multiply_add(g * factors.rest2, g, _widened(state.state2, state.absmax2, MAP2) * factors.beta2)
+    m = multiply_add(g, factors.rest1, widened(state.state1, state.absmax1, MAP1) * factors.beta1)
+    v = multiply_add(g * factors.rest2, g, widened(state.state2, state.absmax2, MAP2) * factors.beta2)
     old = parameter.flatten().float()
     # Rounded from float64: PyTorch's own float32 root may be off by its last bit.
     change = m * factors.rate / (v.double().sqrt().float() / factors.root + factors.eps)
@@ -120,35 +73,87 @@ def reference(
         round_reference(parameter, stepped, seed, offset)
     else:
         parameter.copy_(stepped)
-    _narrow(m, state.state1, state.absmax1, _TABLE1)
-    _narrow(v, state.state2, state.absmax2, _TABLE2)
+    narrow(m, state.state1, state.absmax1, TABLE1)
+    narrow(v, state.state2, state.absmax2, TABLE2)
 
 
-def _multiply_add(x: Tensor, y: Tensor | float, z: Tensor) -> Tensor:
-    """Return x * y + z of float32, rounded once."""
-    product = x.double() * (y.double() if isinstance(y, Tensor) else y)  # exact
-    total = product + z
-    # What float64 has lost (Knuth's sum) must leave its trace in the last bit, or float32 could see a tie.
-    of_z = total - product
-    lost = (product - (total - of_z)) + (z - of_z)
-    traceless = (lost != 0) & (total.view(torch.int64) & 1 == 0) & total.isfinite()
-    return torch.where(traceless, total.nextafter(torch.full_like(lost, math.inf).copysign(lost)), total).float()
+# ---- Triton ------------------------------------------------------------------------------------------------
+
+GROUPS, WARPS = 8, 4
 
 
-def _widened(codes: Tensor, absmax: Tensor, entries: Tensor) -> Tensor:
-    """Return the elements (n,) that bytes of any shape stand for."""
-    values = entries.to(codes.device)[codes.flatten().long()]
-    return values * absmax.repeat_interleave(_GROUP)[: len(values)]
+@jit_for_any("seed", "offset")
+def adamw_kernel(  # type: ignore[no-untyped-def]
+    parameter_ptr,
+    gradient_ptr,
+    state1_ptr,
+    absmax1_ptr,
+    state2_ptr,
+    absmax2_ptr,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    gradient_scale,
+    rate,
+    root,
+    eps,
+    decay,
+    seed: tl.uint64,
+    offset: tl.int64,
+    count,
+    WHOLE_COUNTERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    BLOCK: tl.constexpr = GROUPS * GROUP
+    # 64 bits from here on: a tensor may exceed 2^31 elements.
+    program = tl.program_id(0).to(tl.int64)
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    group = program * GROUPS + tl.arange(0, GROUPS)
+    inside, with_elements = at < count, group * GROUP < count
+    g = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32) * gradient_scale
+    # Beyond the end both moments are 0, and so no largest magnitude.
+    state1 = tl.load(state1_ptr + at, mask=inside, other=127)
+    state2 = tl.load(state2_ptr + at, mask=inside, other=0)
+    absmax1 = tl.load(absmax1_ptr + group, mask=with_elements, other=0.0)
+    absmax2 = tl.load(absmax2_ptr + group, mask=with_elements, other=0.0)
+    old = tl.load(parameter_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    m = fma(g, rest1, widened_group(state1, absmax1, True, GROUPS, GROUP) * beta1)
+    v = fma(g * rest2, g, widened_group(state2, absmax2, False, GROUPS, GROUP) * beta2)
+    change = tl.div_rn(m * rate, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+    stepped = old - (change + old * decay)
+    # Random bits take registers, which run short before the moments are stored.
+    ROUNDS: tl.constexpr = parameter_ptr.dtype.element_ty == tl.bfloat16
+    if not ROUNDS:
+        tl.store(parameter_ptr + at, stepped, mask=inside)
+    state1, absmax1 = narrowed_group(m, True, GROUPS, GROUP)
+    tl.store(state1_ptr + at, state1, mask=inside)
+    tl.store(absmax1_ptr + group, absmax1, mask=with_elements)
+    state2, absmax2 = narrowed_group(v, False, GROUPS, GROUP)
+    tl.store(state2_ptr + at, state2, mask=inside)
+    tl.store(absmax2_ptr + group, absmax2, mask=with_elements)
+    if ROUNDS:
+        if WHOLE_COUNTERS:
+            random = draw_eights(seed, (offset >> 3) + program * (BLOCK // 8) + tl.arange(0, BLOCK // 8))
+        else:
+            random = draw_each(seed, offset + at)
+        tl.store(parameter_ptr + at, round_off(stepped, random), mask=inside)
 
 
-def _narrow(values: Tensor, codes: Tensor, absmax: Tensor, table: Tensor) -> None:
-    """Write elements (n,) as bytes and largest magnitudes, of which NaN is none; NaN becomes the lowest entry."""
-    groups = torch.nn.functional.pad(values, (0, -len(values) % _GROUP)).view(-1, _GROUP)
-    absmax.copy_(groups.abs().nan_to_num(nan=0.0, posinf=math.inf).amax(dim=1))
-    # 0 / 0 is NaN, too.
-    scaled = (groups * (1 / absmax)[:, None]).nan_to_num(nan=-1.0).clamp(-1, 1)
-    places = _multiply_add((scaled + 1) * 0.5, _PLACES - 1, torch.full_like(scaled, 0.5)).long()
-    codes.copy_(table.to(codes.device)[places].flatten()[: len(values)].view(codes.shape))
+def triton_step(
+    parameter: Tensor, gradient: Tensor, state: Adam8bitState, factors: Factors, seed: int, offset: int
+) -> None:
+    """Take the step on contiguous tensors with Triton; arguments as for `reference`, and the same bits."""
+    numbers = (*factors, seed, offset, parameter.numel())
+    constants = (offset % PER_COUNTER == 0, GROUPS, GROUP)
+    with torch.cuda.device_of(parameter):
+        adamw_kernel[(triton.cdiv(parameter.numel(), GROUPS * GROUP),)](
+            *(parameter, gradient, *state.tensors(), *numbers, *constants),
+            num_warps=WARPS,
+            # A product that the reference rounds is rounded here.
+            enable_fp_fusion=False,
+        )
 
 
 # ---- native CPU code ---------------------------------------------------------------------------------------
@@ -158,7 +163,7 @@ def native_step(
     parameter: Tensor, gradient: Tensor, state: Adam8bitState, factors: Factors, seed: int, offset: int
 ) -> None:
     """Take the step on contiguous tensors with native/adamw.cpp; arguments as for `reference`."""
-    tensors = (parameter, gradient, *state.tensors(), MAP1, _TABLE1, MAP2, _TABLE2)
+    tensors = (parameter, gradient, *state.tensors(), MAP1, TABLE1, MAP2, TABLE2)
     numbers = (*factors, seed, offset, parameter.numel())
     _native.call("leap_adamw_8bit_step", *tensors, *numbers, parameter.dtype, gradient.dtype)
 
@@ -166,15 +171,8 @@ def native_step(
 # ---- dispatch ----------------------------------------------------------------------------------------------
 
 
-def eligible(backend: str, *tensors: Tensor) -> str | None:
-    """Say why `backend` cannot take these tensors, or return None if it can."""
-    if backend == "triton":
-        return "it has no Triton kernel, being for weights in the CPU's memory (bitsandbytes has one for a GPU's)"
-    return unsupported(backend, *tensors)
-
-
-_OP = register("adamw_8bit_step_", eligible)
-_STEP = {"native": native_step, "reference": reference}
+_OP = register("adamw_8bit_step_", unsupported)
+_STEP = {"triton": triton_step, "native": native_step, "reference": reference}
 
 
 def _run(
@@ -278,7 +276,7 @@ def _check(parameter: Tensor, gradient: Tensor, state: Adam8bitState) -> None:
         if tensor.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"adamw_8bit_step_ takes float32 and bfloat16, but {name} is {tensor.dtype}.")
     check_writable("adamw_8bit_step_", "parameter", parameter, "gradient", gradient)
-    for tensor, (dtype, shape) in zip(state.tensors(), _layout(parameter), strict=True):
+    for tensor, (dtype, shape) in zip(state.tensors(), layout(parameter), strict=True):
         if (tensor.dtype, tuple(tensor.shape), tensor.device) != (dtype, shape, parameter.device):
             raise ValueError(
                 f"adamw_8bit_step_ needs a state of {dtype} {shape} on {parameter.device}, not {tensor.dtype} "

@@ -22,9 +22,9 @@ from . import _native
 from ._arguments import check_draws, check_writable
 from ._dispatch import choose, register, unsupported
 from ._library import define_in_place
-from ._triton import jit_for_any, tl, triton
+from ._triton import jit, jit_for_any, tl, triton
 
-_PER_COUNTER = 8
+PER_COUNTER = 8
 
 # ---- reference ---------------------------------------------------------------------------------------------
 
@@ -57,8 +57,8 @@ def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
 
 def random_bits(count: int, seed: int, offset: int, device: torch.device) -> Tensor:
     """Return the 16 random bits of `count` positions from `offset` on, as int64 (count,)."""
-    first, skipped = divmod(offset, _PER_COUNTER)
-    counters = torch.arange(-(-(skipped + count) // _PER_COUNTER), dtype=torch.int64, device=device) + first
+    first, skipped = divmod(offset, PER_COUNTER)
+    counters = torch.arange(-(-(skipped + count) // PER_COUNTER), dtype=torch.int64, device=device) + first
     zero = torch.zeros_like(counters)
     words = philox((counters & _MASK, counters >> 32, zero, zero), (seed & _MASK, seed >> 32))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
@@ -87,6 +87,40 @@ def reference(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
 BLOCK = 1024
 
 
+@jit
+def _words(seed, counters):  # type: ignore[no-untyped-def]
+    zero = tl.zeros(counters.shape, dtype=tl.uint32)
+    return tl.philox(seed, counters.to(tl.uint32), (counters >> 32).to(tl.uint32), zero, zero, 7)
+
+
+@jit
+def draw_eights(seed, counters):  # type: ignore[no-untyped-def]
+    """Return the random bits of the eight positions of each counter, in order."""
+    w0, w1, w2, w3 = _words(seed, counters)
+    # (counter, word // 2, word % 2, half): row-major, this is the order of positions.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [8 * counters.shape[0]])
+
+
+@jit
+def draw_each(seed, positions):  # type: ignore[no-untyped-def]
+    """Return the random bits of any positions, at eight times the cost."""
+    w0, w1, w2, w3 = _words(seed, positions >> 3)
+    within = positions & 7
+    word = tl.where(within < 4, tl.where(within < 2, w0, w1), tl.where(within < 6, w2, w3))
+    return tl.where(within & 1 == 0, word & 0xFFFF, word >> 16)
+
+
+@jit
+def round_off(values, random):  # type: ignore[no-untyped-def]
+    """Round float32 to bfloat16 with 16 random bits each."""
+    bits = values.to(tl.uint32, bitcast=True)
+    rounded = bits + random
+    kept = tl.where((rounded & 0x7F800000) == 0x7F800000, bits, rounded)
+    kept = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, kept)
+    return (kept >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
 # Any number may come as seed or counter. Not so `skipped`: at 0, which divides by 16, addresses are aligned.
 @jit_for_any("seed", "first")
 def round_kernel(  # type: ignore[no-untyped-def]
@@ -94,24 +128,16 @@ def round_kernel(  # type: ignore[no-untyped-def]
 ):
     # 64 bits from here on: a tensor may exceed 2^31 elements.
     program = tl.program_id(0).to(tl.int64)
-    counters = first + program * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-    zero = tl.zeros([BLOCK // 8], dtype=tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, counters.to(tl.uint32), (counters >> 32).to(tl.uint32), zero, zero, 7)
-    # (counter, word // 2, word % 2, half): row-major, this is the order of positions.
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    random = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK])
+    random = draw_eights(seed, first + program * (BLOCK // 8) + tl.arange(0, BLOCK // 8))
     at = program * BLOCK + tl.arange(0, BLOCK) - skipped
     inside = (at >= 0) & (at < count)
-    bits = tl.load(src_ptr + at, mask=inside, other=0.0).to(tl.uint32, bitcast=True)
-    rounded = bits + random
-    kept = tl.where((rounded & 0x7F800000) == 0x7F800000, bits, rounded)
-    kept = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, kept)
-    tl.store(dst_ptr + at, (kept >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
+    src = tl.load(src_ptr + at, mask=inside, other=0.0)
+    tl.store(dst_ptr + at, round_off(src, random), mask=inside)
 
 
 def triton_round(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
     """Round contiguous `src` into contiguous `dst` with Triton."""
-    first, skipped = divmod(offset, _PER_COUNTER)
+    first, skipped = divmod(offset, PER_COUNTER)
     blocks = triton.cdiv(skipped + src.numel(), BLOCK)
     with torch.cuda.device_of(src):
         round_kernel[(blocks,)](dst, src, seed, first, skipped, src.numel(), BLOCK)

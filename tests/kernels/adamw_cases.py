@@ -11,7 +11,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16)
 SIZES = (1, 255, 256, 257, 1009, 8192 + 300)
 SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 7, "offset": 0}
-by_backend = pytest.mark.parametrize("backend", BACKENDS[:2])
+by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 by_gradient_dtype = pytest.mark.parametrize("gradient_dtype", FLOATS, ids=str)
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import leap_kernels as ops
 import pytest
+import tolerances
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = (
     "reference",
     pytest.param("native", marks=pytest.mark.native),
-    pytest.param("triton", marks=pytest.mark.triton),
+    pytest.param("triton", marks=pytest.mark.interpreter),
 )
 SHAPES = {
     "one-element": (1, 1),
@@ -28,18 +29,14 @@ SHAPES = {
 WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def latents(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return normal noise, rounded to `dtype`."""
-    return torch.randn(shape, dtype=torch.float64).to(device(), dtype)
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
 def sigmas(batch: int) -> tuple[Tensor, Tensor]:
     """Return per-sample noise levels, the first above the second."""
-    levels = torch.rand(2, batch, device=device()).sort(dim=0, descending=True).values
+    levels = torch.rand(2, batch).sort(dim=0, descending=True).values
     return levels[0], levels[1]
 
 
@@ -78,7 +75,7 @@ class Case:
     def inputs(self, shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
         """Draw latents, sigmas that descend, and the gradient of the first output."""
         drawn = {name: latents(*shape, dtype=dtype) for name in (*self.latents, "grad")}
-        levels = torch.rand(len(self.per_sample), shape[0], device=device()).sort(dim=0, descending=True).values
+        levels = torch.rand(len(self.per_sample), shape[0]).sort(dim=0, descending=True).values
         return drawn | dict(zip(self.per_sample, levels, strict=True))
 
     def run(self, inputs: Inputs, formula: bool = False) -> Outputs:
@@ -202,3 +199,24 @@ CASES = {
     ),
 }
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def assert_accurate(case: Case, inputs: Inputs, results: Outputs, cut: bool = False) -> None:
+    """Check errors: within what the arithmetic allows, and at most twice that of the reference in the same dtype.
+
+    `cut` allows a bfloat16 result that was cut off, not rounded. Inputs and results are on the CPU.
+    """
+    with ops.use_backend("reference"):
+        references = case.run(inputs)
+    exacts = case.run({name: value.double() for name, value in inputs.items()}, formula=True)
+    magnitude = case.depth * max(value.abs().max().item() for value in inputs.values())
+    grad = inputs["grad"]
+    for result, reference, exact in zip(results, references, exacts, strict=True):
+        assert result.dtype == reference.dtype
+        assert result.shape == reference.shape == exact.shape
+        error, at_reference = ((value.double() - exact).abs().max().item() for value in (result, reference))
+        count = grad.numel() // len(grad) if result.ndim < 2 else 1
+        arithmetic, storage = tolerances.largest(exact, magnitude, count, grad.dtype, result.dtype)
+        cut_off = cut and result.dtype == torch.bfloat16
+        assert error <= arithmetic + (2 if cut_off else 1) * storage
+        assert error <= 2 * at_reference + arithmetic + (2 * storage if cut_off else 0)

@@ -15,8 +15,9 @@ from adamw_cases import (
     weights,
 )
 from kernel_cases import LAYOUTS, WORDS
-from leap_kernels import Adam8bitState, BackendUnavailable, adamw_8bit_step_, stochastic_round_, use_backend
-from leap_kernels.adamw_8bit_step import MAP1, MAP2
+from leap_kernels import Adam8bitState, adamw_8bit_step_, stochastic_round_, use_backend
+from leap_kernels._moments import MAP1, MAP2
+from leap_kernels.adamw_8bit_step import GROUPS
 from torch import Tensor
 
 X = torch.ones(2, 300)
@@ -59,9 +60,21 @@ def test_bits_are_those_of_stochastic_round(backend: str) -> None:
         assert torch.equal(stepped.view(torch.int16), rounded.view(torch.int16))
 
 
-def test_has_no_triton_kernel_and_says_so() -> None:
-    with use_backend("triton", strict=True), pytest.raises(BackendUnavailable, match="bitsandbytes"):
-        adamw_8bit_step_(X, X, STATE, **SETTINGS, step=1)
+@pytest.mark.interpreter
+@pytest.mark.parametrize("offset", [0, 5, (1 << 62) + 3])
+@by_gradient_dtype
+@by_dtype
+@pytest.mark.parametrize("size", [255, 256 * GROUPS + 1, 10_000])
+def test_triton_bits_are_those_of_the_reference(
+    size: int, dtype: torch.dtype, gradient_dtype: torch.dtype, offset: int
+) -> None:
+    parameter, steps = weights(size, dtype=dtype), gradients(3, size, dtype=gradient_dtype)
+    expected, results = (
+        taken(backend, parameter, steps, offset=offset, gradient_scale=0.37) for backend in ("reference", "triton")
+    )
+    assert_same_states(results, expected)
+    for result, want in zip(results, expected, strict=True):
+        assert torch.equal(result[0].view(WORDS[dtype]), want[0].view(WORDS[dtype]))
 
 
 # ---- the step is that of AdamW -----------------------------------------------------------------------------
@@ -146,6 +159,14 @@ def test_what_is_not_finite_stays_in_its_group(backend: str, dtype: torch.dtype,
         for position, moment in ((1, "first"), (3, "second")):
             assert results[0][position][300] == 0, moment
             assert torch.equal(results[0][position][~hit], expected[0][position][~hit]), moment
+
+
+@by_backend
+def test_a_group_of_nothing_but_nan_has_no_largest_magnitude(backend: str) -> None:
+    parameter = weights(300)
+    ((stepped, *moments),) = taken(backend, parameter, [torch.full((300,), torch.nan)])
+    assert stepped.isnan().all()
+    assert not any(tensor.any() for tensor in moments)
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, device
+from kernel_cases import BACKENDS
 from leap_kernels import stochastic_round_, use_backend
 from leap_kernels.stochastic_round import philox, random_bits
 from torch import Tensor
@@ -95,7 +95,7 @@ offsets = st.integers(0, (1 << 63) - 40)
 def test_same_bits_on_every_backend(backend: str, words: list[int], repeats: int, seed: int, offset: int) -> None:
     """Of any float at all, NaN included."""
     offset = min(offset, (1 << 63) - len(words) * repeats)
-    src = torch.tensor(words, dtype=torch.int64).to(torch.int32).view(torch.float32).repeat(repeats).to(device())
+    src = torch.tensor(words, dtype=torch.int64).to(torch.int32).view(torch.float32).repeat(repeats)
     with use_backend("reference"):
         expected = rounded(src, seed, offset)
     with use_backend(backend, strict=True):
@@ -105,7 +105,7 @@ def test_same_bits_on_every_backend(backend: str, words: list[int], repeats: int
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(cut=st.integers(1, 2100), offset=st.integers(0, 20))
 def test_same_bits_wherever_a_tensor_is_cut(backend: str, cut: int, offset: int) -> None:
-    src = torch.linspace(-3, 3, 2101, device=device())
+    src = torch.linspace(-3, 3, 2101)
     with use_backend(backend, strict=True):
         whole = rounded(src, seed=5, offset=offset)
         parts = torch.cat([rounded(src[:cut], 5, offset), rounded(src[cut:], 5, offset + cut)])

@@ -205,6 +205,8 @@ def test_guarded_assignment_keeps_the_other_threads_values() -> None:
         ("div.s32", (0xFFFFFFF9, 2), 0xFFFFFFFD),
         ("rem.s32", (0xFFFFFFF9, 2), 0xFFFFFFFF),
         ("div.u32", (0xFFFFFFF9, 2), 0x7FFFFFFC),
+        ("bfe.u32", (0xABCD, 4, 8), 0xBC),
+        ("bfe.s32", (0xABCD, 4, 8), 0xFFFFFFBC),
         ("shl.b32", (0x80000001, 1), 2),
         ("shr.s32", (0x80000000, 31), 0xFFFFFFFF),
         ("shr.u32", (0x80000000, 31), 1),

@@ -18,7 +18,7 @@ from .._catalog import OPS, KernelSpec
 from .._triton import triton
 from .gpus import NOT_MEASURED, ROOFLINE_SHAPE, TARGETS, Target, occupancy, roofline_microseconds
 from .machine_code import MachineCode, read_cdna, read_sass
-from .ptx import count_traffic
+from .ptx import Traffic, count_traffic
 
 # The walk takes the second program of the first sample: a full one, with a neighbour on either side.
 _PROGRAM = 1
@@ -79,7 +79,7 @@ def compile_kernel(spec: KernelSpec, dtype: torch.dtype, target: Target) -> Any:
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(spec.kernel.arg_names) if name in aligned}
     source = ASTSource(spec.kernel, spec.signature(dtype), constexprs=dict(spec.constexprs), attrs=attributes)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    return triton.compile(source, target=gpu, options={"num_warps": spec.num_warps})
+    return triton.compile(source, target=gpu, options={"num_warps": spec.num_warps, "enable_fp_fusion": spec.fp_fusion})
 
 
 def _count(spec: KernelSpec, dtype: torch.dtype, target: Target, ptx: str, code: MachineCode) -> dict[str, Any]:
@@ -94,9 +94,11 @@ def _count(spec: KernelSpec, dtype: torch.dtype, target: Target, ptx: str, code:
     traffic = count_traffic(ptx, arguments, threads, _PROGRAM, _PROGRAMS_PER_SAMPLE * _SAMPLES)
     # A program that does not ask which one it is runs alone and takes all elements.
     moved = traffic.bytes_moved / (spec.elements if "%ctaid" in ptx else size)
+    few = [number for number, name in enumerate(spec.arguments) if name in spec.per_group]
+    per_element = Traffic(tuple(access for access in traffic.accesses if access.argument not in few))
     widths = {("store" if a.stores else "load", a.bits) for a in traffic.accesses if not a.opcode.startswith("red")}
     return {
-        "vector_bits": traffic.vector_bits,
+        "vector_bits": per_element.vector_bits,
         "widths_agree": widths == set(code.accesses),
         "bytes_per_element": moved,
         "bytes_ratio": moved / spec.least_bytes(dtype),

@@ -117,6 +117,14 @@ def _shift(shift: Callable[[Lanes, Lanes], Lanes], value: Lanes, by: Lanes) -> L
     return shift(value, by.astype(value.dtype))
 
 
+def _extract(value: Lanes, position: Lanes, length: Lanes) -> Lanes:
+    """Return bits from the middle of a number; those of a signed one are a signed number."""
+    one, length = np.uint64(1), length.view(np.uint64)
+    bits = (value.view(np.uint64) >> position.view(np.uint64)) & ((one << length) - one)
+    sign = np.uint64(value.dtype == np.int64) << (length - one)
+    return (bits ^ sign) - sign
+
+
 _ON_NUMBERS: dict[str, Callable[..., Lanes]] = {
     **_BITWISE,
     "mov": lambda value: value,
@@ -128,6 +136,7 @@ _ON_NUMBERS: dict[str, Callable[..., Lanes]] = {
     "max": np.maximum,
     "neg": np.negative,
     "abs": np.abs,
+    "bfe": _extract,
     "div": _divide,
     "rem": lambda first, second: first - _divide(first, second) * second,
     "shl": lambda value, by: _shift(np.left_shift, value, by),
