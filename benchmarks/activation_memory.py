@@ -98,7 +98,7 @@ def peak_bytes(setting: Setting, backward: Callable[[], None]) -> int:
     setting.clear()
     with StorageLedger() as ledger:
         ledger.exclude(setting.rollout.latents, setting.rollout.velocities, setting.sigmas)
-        ledger.exclude(setting.velocity.embeddings.tokens, setting.velocity.embeddings.pooled)
+        ledger.exclude(*setting.velocity.embeddings.tensors())
         for module in (setting.model.transformer, setting.reward):
             ledger.exclude(*module.parameters(), *module.buffers())
         ledger.exclude(*(p.grad for p in setting.parameters if p.grad is not None))

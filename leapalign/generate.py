@@ -15,7 +15,7 @@ from leapalign.rollout import sample_rollout
 
 @torch.no_grad()
 def generate(
-    model: FlowModel[Any],
+    model: FlowModel,
     embeddings: Any,
     seeds: Sequence[int],
     num_steps: int,

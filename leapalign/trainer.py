@@ -39,7 +39,7 @@ class Trainer:
     """
 
     config: Config
-    model: FlowModel[Any]
+    model: FlowModel
     prompts: list[str]
     embeddings: Any
     reward: RewardFn
@@ -70,7 +70,7 @@ class Trainer:
     def assembled(
         cls,
         config: Config,
-        model: FlowModel[Any],
+        model: FlowModel,
         prompts: list[str],
         embeddings: Any,
         reward: RewardFn,

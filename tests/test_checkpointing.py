@@ -29,7 +29,7 @@ def gradients(**config: Any) -> tuple[Tensor, int]:
     prepare_model(model, MemoryConfig(**config))
     latents, embeddings = torch.randn(BATCH, 64, 16), flux_embeddings(BATCH)
     with StorageLedger() as ledger:
-        ledger.exclude(*transformer.parameters(), latents, embeddings.tokens, embeddings.pooled)
+        ledger.exclude(*transformer.parameters(), latents, *embeddings.tensors())
         velocity = model.velocity(latents, torch.full((BATCH,), 0.5), embeddings)
         kept = ledger.live
         velocity.sum().backward()

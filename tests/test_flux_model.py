@@ -9,7 +9,9 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from worlds import flux_embeddings, small_flux
 
-from leapalign.models.flux import FluxModel, encode_prompts
+from leapalign.config import ModelConfig
+from leapalign.models import encode_prompts, load_model
+from leapalign.models.flux import FluxModel
 from leapalign.models.velocity import PromptedVelocity
 from leapalign.rollout import sample_rollout
 from leapalign.tiny.model import (
@@ -34,8 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rollout_is_the_pipelines(folder: Path) -> None:
     """Same noise, prompts and steps as ``FluxPipeline.__call__``: same latents, resolution shift included."""
-    model = FluxModel.load(folder, 32, 32)
-    embeddings = encode_prompts(str(folder), PROMPTS)
+    model = load_model(ModelConfig(path=str(folder)))
+    embeddings = encode_prompts(ModelConfig(path=str(folder)), PROMPTS)
     noise = model.draw_noise([3, 4])
     rollout = sample_rollout(PromptedVelocity(model, embeddings), noise, model.sigmas(6))
     pipeline = FluxPipeline.from_pretrained(folder, vae=None)
@@ -105,16 +107,16 @@ def test_sigma_is_per_sample() -> None:
 
 def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="check model"):
-        FluxModel.load(tmp_path, 32, 32)
-    with pytest.raises(UserError, match="text encoders"):
-        encode_prompts(str(tmp_path), PROMPTS)
+        load_model(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match="no model in diffusers layout"):
+        encode_prompts(ModelConfig(path=str(tmp_path)), PROMPTS)
 
 
 def test_scheduler_is_read_from_the_folder(folder: Path) -> None:
     config = build_scheduler().config
     FlowMatchEulerDiscreteScheduler.from_config(config, max_shift=3.0, base_shift=2.0).save_pretrained(folder / "other")
     other = FluxModel(small_flux(), FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "other"), 32, 32)
-    assert bool((other.sigmas(8)[1:-1] > FluxModel.load(folder, 32, 32).sigmas(8)[1:-1]).all())
+    assert bool((other.sigmas(8)[1:-1] > load_model(ModelConfig(path=str(folder))).sigmas(8)[1:-1]).all())
 
 
 def test_sizes_that_do_not_divide_into_tokens_are_refused() -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from leapalign.checkpoint import AVERAGE, TRANSFORMER, latest_checkpoint, read_weights
-from leapalign.config import Config, override
+from leapalign.config import Config, ModelConfig, override
 from leapalign.methods import METHODS
 from leapalign.methods.leapalign import LeapAlign
-from leapalign.models.flux import FluxModel
+from leapalign.models import load_model
 from leapalign.run import prepare_resume, run_training
 from leapalign.run_folder import MetricsLog, read_metrics
 from leapalign.tiny.model import (
@@ -190,7 +190,7 @@ def test_cut_metrics_line_is_dropped_on_resume(tmp_path: Path) -> None:
 
 
 def test_model_protocol_is_met_by_flux(parts: Path) -> None:
-    model = FluxModel.load(parts / "model", 32, 32)
+    model = load_model(ModelConfig(path=str(parts / "model")))
     assert model.draw_noise([1, 2]).shape == (2, 64, 48)
     assert torch.equal(model.draw_noise([1, 2])[1], model.draw_noise([2])[0])
     assert build_scheduler().config.use_dynamic_shifting

@@ -9,7 +9,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from leapalign.models.flux import FluxModel, PromptEmbeddings
+from leapalign.models.embeddings import PromptEmbeddings
+from leapalign.models.flux import FluxModel
 from leapalign.models.velocity import PromptedVelocity
 from leapalign.rollout import Rollout, sample_rollout
 from leapalign.tiny.model import build_scheduler
@@ -98,7 +99,8 @@ def small_flux(**changes: Any) -> FluxTransformer2DModel:
 
 
 def flux_embeddings(batch: int, dtype: torch.dtype = torch.float32) -> PromptEmbeddings:
-    return PromptEmbeddings(torch.randn(batch, 5, 20, dtype=dtype), torch.randn(batch, 10, dtype=dtype))
+    tokens, pooled = torch.randn(batch, 5, 20, dtype=dtype), torch.randn(batch, 10, dtype=dtype)
+    return PromptEmbeddings({"tokens": tokens, "pooled": pooled})
 
 
 def flux_world(batch: int, steps: int, dtype: torch.dtype) -> World:

@@ -23,7 +23,7 @@ _ATTENTION = (
 """What PyTorch's attention runs as. Other libraries' kernels are recomputed with their block."""
 
 
-def prepare_model(model: FlowModel[Any], config: MemoryConfig) -> None:
+def prepare_model(model: FlowModel, config: MemoryConfig) -> None:
     """Has the transformer, and the decoder, recompute what ``config`` says. Raises UserError where one cannot."""
     if config.checkpointing != "none":
         checkpoint_blocks(model.transformer, config.checkpointing == "attention", config.checkpoint_every)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -20,7 +18,7 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def place(model: FlowModel[Any], reward: RewardFn, config: MemoryConfig, device: torch.device) -> HostWeights | None:
+def place(model: FlowModel, reward: RewardFn, config: MemoryConfig, device: torch.device) -> HostWeights | None:
     """Moves ``model`` and ``reward`` to ``device``, or the weights that are trained to host memory.
 
     Returns what keeps the device's copies of host weights, None for weights on the device. Raises UserError for an

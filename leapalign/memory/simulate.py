@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +32,8 @@ from leapalign.embedded import resolve
 from leapalign.memory.ledger import Peak, StorageLedger
 from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage
 from leapalign.methods import get_method
-from leapalign.models.flux import FluxModel, PromptEmbeddings
+from leapalign.models import assembled
+from leapalign.models.folder import read_index
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.rewards.pickscore import ClipScorer
 from leapalign.trainer import Trainer
@@ -212,19 +212,9 @@ def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:
 def _fake_trainer(config: Config, mode: FakeTensorMode, ledger: StorageLedger) -> Trainer:
     batch = min(config.rollout.batch_size, config.train.batch_size)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
-    folder = KNOWN_MODELS.get(config.model.path, Path(resolve(config.model.path)))
+    folder = Path(KNOWN_MODELS.get(config.model.path, resolve(config.model.path)))
     with mode, _default_dtype(dtype):
-        try:
-            sizes = FluxTransformer2DModel.load_config(folder, subfolder="transformer")
-            transformer = FluxTransformer2DModel.from_config(sizes)
-            vae = None
-            if (folder / "vae").is_dir():
-                vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read the configs of a FLUX.1 model in '{folder}' ({brief(error)}); check model.path"
-            ) from None
+        model = assembled(_Skeleton(str(folder)), config.model)
     reward_folder = Path(resolve(config.reward["path"])) if "path" in config.reward else REWARD
     clip = CLIPConfig.from_pretrained(reward_folder if reward_folder.is_dir() else REWARD)
     with mode, _default_dtype(getattr(torch, config.reward.get("dtype", "float32"))):
@@ -233,27 +223,44 @@ def _fake_trainer(config: Config, mode: FakeTensorMode, ledger: StorageLedger) -
         words = _Words(clip.text_config.max_position_embeddings)
         reward = ClipScorer(scorer, words, _Pictures(), "cosine")
         size = ROLLOUTS * batch
-        widths = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
-        tokens = min(TEXT_TOKENS, _longest_prompt(folder))
-        embeddings: Any = PromptEmbeddings(torch.empty(size, tokens, widths[0]), torch.empty(size, widths[1]))
+        embeddings: Any = model.blank_embeddings(size, _longest_prompt(folder))
     if config.model.true_cfg_scale != 1:
         scale, batched = config.model.true_cfg_scale, config.model.true_cfg_batched
         embeddings = GuidedEmbeddings(embeddings, embeddings[:1], scale, batched)
-    model = FluxModel(transformer, scheduler, config.model.height, config.model.width, vae, config.model.guidance)
-    ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
-    ledger.count(*(vae.parameters() if vae else ()), *reward.parameters(), *reward.buffers(), role="reward")
+    decoder = model.decoder
+    ledger.count(*model.transformer.parameters(), *model.transformer.buffers(), role="weights")
+    ledger.count(*(decoder.parameters() if decoder else ()), *reward.parameters(), *reward.buffers(), role="reward")
     ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())
     two_rollouts = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
     method, device = get_method(**config.method), torch.device("cpu")
     return Trainer.assembled(two_rollouts, model, ["a prompt"] * size, embeddings, reward, method, device)
 
 
-def _longest_prompt(folder: Path) -> int:
-    try:
-        settings = json.loads((folder / "tokenizer_2" / "tokenizer_config.json").read_text())
-    except OSError:
-        return TEXT_TOKENS
-    return int(settings.get("model_max_length", TEXT_TOKENS))
+def _longest_prompt(folder: Path) -> int | None:
+    """What the tokenizer of the embeddings allows; None where it does not say, or lies elsewhere."""
+    for name in ("tokenizer_2", "tokenizer"):
+        with contextlib.suppress(OSError):
+            length = json.loads((folder / name / "tokenizer_config.json").read_text()).get("model_max_length")
+            return int(length) if length and length < TEXT_TOKENS else None
+    return None
+
+
+@dataclasses.dataclass
+class _Skeleton:
+    """Parts without weights, made from their configs."""
+
+    path: str
+
+    def holds(self, name: str) -> bool:
+        return bool(read_index(self.path).get(name, [None])[0])
+
+    def part(self, kind: Any, name: str) -> Any:
+        try:
+            return kind.from_config(kind.load_config(self.path, subfolder=name))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot read the config of the {name} in '{self.path}' ({brief(error)}); check model.path"
+            ) from None
 
 
 @contextlib.contextmanager

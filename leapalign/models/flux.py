@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,47 +11,14 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from leapalign.validation import UserError, brief
+from leapalign.config import ModelConfig
+from leapalign.models.embeddings import PromptEmbeddings
+from leapalign.models.folder import Parts
+from leapalign.models.text_encoders import TextEncoder, load_pipeline
+from leapalign.validation import UserError
 
-
-@dataclass(frozen=True)
-class PromptEmbeddings:
-    """``tokens (B, L, D)`` for attention and ``pooled (B, P)`` for modulation."""
-
-    tokens: Tensor
-    pooled: Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, samples: Tensor | slice) -> PromptEmbeddings:
-        return PromptEmbeddings(self.tokens[samples], self.pooled[samples])
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Both."""
-        return self.tokens, self.pooled
-
-    def followed_by(self, other: PromptEmbeddings) -> PromptEmbeddings:
-        """These, then those of ``other``."""
-        return PromptEmbeddings(torch.cat([self.tokens, other.tokens]), torch.cat([self.pooled, other.pooled]))
-
-
-@torch.no_grad()
-def encode_prompts(folder: str, prompts: Sequence[str], batch_size: int = 64) -> PromptEmbeddings:
-    """Embeddings of ``prompts`` by the text encoders of the FLUX.1 model in ``folder`` (or hub id).
-
-    Raises UserError where the folder has no usable text encoders.
-    """
-    try:
-        pipeline = FluxPipeline.from_pretrained(folder, transformer=None, vae=None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load text encoders from '{folder}' ({brief(error)}); check model.path") from None
-    length = min(512, pipeline.tokenizer_2.model_max_length)
-    parts = [
-        pipeline.encode_prompt(list(prompts[i : i + batch_size]), None, max_sequence_length=length)[:2]
-        for i in range(0, len(prompts), batch_size)
-    ]
-    return PromptEmbeddings(torch.cat([tokens for tokens, _ in parts]), torch.cat([pooled for _, pooled in parts]))
+TEXT_TOKENS = 512
+"""Longest prompt, in tokens, as FLUX.1's pipeline has it; a folder's tokenizer may say less."""
 
 
 class FluxModel:
@@ -88,21 +54,32 @@ class FluxModel:
         return self.vae
 
     @classmethod
-    def load(
-        cls, folder: str | Path, height: int, width: int, guidance: float = 3.5, dtype: torch.dtype = torch.float32
-    ) -> FluxModel:
-        """Loads ``transformer/``, ``scheduler/`` and, where there is one, ``vae/`` of a FLUX.1 folder or hub id.
+    def assemble(cls, parts: Parts, config: ModelConfig) -> FluxModel:
+        """The model of ``parts``. Raises UserError where one cannot be read."""
+        return cls(
+            parts.part(FluxTransformer2DModel, "transformer"),
+            parts.part(FlowMatchEulerDiscreteScheduler, "scheduler"),
+            config.height,
+            config.width,
+            parts.part(AutoencoderKL, "vae") if parts.holds("vae") else None,
+            config.guidance,
+        )
 
-        Raises UserError where they cannot be read.
-        """
-        has_vae = (Path(folder) / "vae").is_dir() or not Path(folder).is_dir()
-        try:
-            transformer = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype)
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype) if has_vae else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load a FLUX.1 model from '{folder}' ({brief(error)}); check model.path") from None
-        return cls(transformer, scheduler, height, width, vae, guidance)
+    @staticmethod
+    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+        """CLIP's, for ``pooled (B, P)``; then T5's, for ``tokens (B, L, D)``."""
+        yield _clip(load_pipeline(FluxPipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device))
+        yield _t5(load_pipeline(FluxPipeline, folder, ("text_encoder_2", "tokenizer_2"), dtype).to(device), dtype)
+
+    def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
+        """Uninitialised embeddings of ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
+        config = self.transformer.config
+        return PromptEmbeddings(
+            {
+                "pooled": torch.empty(count, config.pooled_projection_dim),
+                "tokens": torch.empty(count, tokens or TEXT_TOKENS, config.joint_attention_dim),
+            }
+        )
 
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents, one seed an image: ``(len(seeds), tokens, channels)`` float32."""
@@ -130,6 +107,7 @@ class FluxModel:
         Guidance goes in as an embedding where the model was distilled for it.
         """
         device, dtype = latents.device, self.transformer.dtype
+        tokens, pooled = (embeddings.parts[name].to(device, dtype) for name in ("tokens", "pooled"))
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full((len(latents),), self.guidance, device=device, dtype=dtype)
@@ -137,9 +115,9 @@ class FluxModel:
             hidden_states=latents.to(dtype),
             timestep=sigma.to(device, dtype),
             guidance=guidance,
-            pooled_projections=embeddings.pooled.to(device, dtype),
-            encoder_hidden_states=embeddings.tokens.to(device, dtype),
-            txt_ids=torch.zeros(embeddings.tokens.shape[1], 3, device=device, dtype=dtype),
+            pooled_projections=pooled,
+            encoder_hidden_states=tokens,
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=device, dtype=dtype),
             img_ids=FluxPipeline._prepare_latent_image_ids(len(latents), self.rows, self.columns, device, dtype),
             return_dict=False,
         )[0]
@@ -156,3 +134,14 @@ class FluxModel:
             scaled = unpacked / config.scaling_factor + config.shift_factor
             pixels = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype)
         return pixels / 2 + 0.5
+
+
+def _clip(pipeline: Any) -> TextEncoder:
+    return lambda prompts: {"pooled": pipeline._get_clip_prompt_embeds(list(prompts))}
+
+
+def _t5(pipeline: Any, dtype: torch.dtype) -> TextEncoder:
+    length = min(TEXT_TOKENS, pipeline.tokenizer_2.model_max_length)
+    return lambda prompts: {
+        "tokens": pipeline._get_t5_prompt_embeds(list(prompts), max_sequence_length=length, dtype=dtype)
+    }

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-E = TypeVar("E", contravariant=True)
+from leapalign.config import ModelConfig
+from leapalign.models.embeddings import PromptEmbeddings
+from leapalign.models.folder import Parts
+from leapalign.models.text_encoders import TextEncoder
 
 
-class FlowModel(Protocol[E]):
-    """One flow-matching model at one resolution; ``E`` is its kind of prompt embeddings (indexable by sample)."""
+class Family(Protocol):
+    """A class of models; one file in this folder."""
+
+    def assemble(self, parts: Parts, config: ModelConfig) -> FlowModel:
+        """The model of ``parts``. Raises UserError where one cannot be read, or the size of images does not fit."""
+        ...
+
+    def text_encoders(self, folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+        """One encoder after the other, each gone when the next is loaded. Raises UserError where there are none."""
+        ...
+
+
+class FlowModel(Protocol):
+    """One flow-matching model at one resolution."""
 
     device: torch.device
     """Where it computes: noise is drawn for it, and latents stay there."""
@@ -27,6 +42,10 @@ class FlowModel(Protocol[E]):
         """The network that makes images of latents; None where latents are images."""
         ...
 
+    def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
+        """Uninitialised embeddings of ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
+        ...
+
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Latents ``(len(seeds), ...)`` at ``sigma = 1``, one seed an image."""
         ...
@@ -35,7 +54,7 @@ class FlowModel(Protocol[E]):
         """Noise levels ``(num_steps + 1,)`` for the model's resolution, descending to 0."""
         ...
 
-    def velocity(self, latents: Tensor, sigma: Tensor, embeddings: E) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: Tensor, embeddings: PromptEmbeddings) -> Tensor:
         """Velocity, guidance included, of ``latents (B, ...)`` at per-sample ``sigma (B,)``."""
         ...
 

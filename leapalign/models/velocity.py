@@ -32,7 +32,7 @@ class GuidedEmbeddings:
         return replace(self, prompts=self.prompts[samples])
 
 
-def prompted_velocity(model: FlowModel[Any], embeddings: Any) -> ConditionedVelocity:
+def prompted_velocity(model: FlowModel, embeddings: Any) -> ConditionedVelocity:
     """The velocity of ``model`` for the prompts of a batch, guided where their embeddings are."""
     if isinstance(embeddings, GuidedEmbeddings):
         return GuidedVelocity(model, embeddings)
@@ -43,7 +43,7 @@ def prompted_velocity(model: FlowModel[Any], embeddings: Any) -> ConditionedVelo
 class PromptedVelocity:
     """One velocity a sample: models distilled to take the guidance scale as an input need no other."""
 
-    model: FlowModel[Any]
+    model: FlowModel
     embeddings: Any
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class PromptedVelocity:
 class GuidedVelocity:
     """Two velocities a sample, combined: a `leapalign.surrogate.BranchedVelocity`."""
 
-    model: FlowModel[Any]
+    model: FlowModel
     embeddings: GuidedEmbeddings
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:

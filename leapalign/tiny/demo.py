@@ -13,7 +13,7 @@ import torch
 from leapalign.config import Config
 from leapalign.embedded import FOLDER
 from leapalign.models import encode_prompts, load_model
-from leapalign.models.flux import PromptEmbeddings
+from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.protocol import FlowModel
 from leapalign.optim import Optimizer
 from leapalign.reward_gradient import RewardFn
@@ -54,11 +54,11 @@ class HeldOut:
         rewards: dict[str, RewardFn] = {REWARD: reward, HELD_OUT_REWARD: Critic.load(FOLDER / "critic")}
         return cls(prompts, embeddings, rewards, seed_of(config.seed, EVALUATION_STREAM, 0))
 
-    def evaluate(self, model: FlowModel[Any]) -> Evaluation:
+    def evaluate(self, model: FlowModel) -> Evaluation:
         return evaluate(model, self.embeddings, self.prompts, self.seed, self.rewards)
 
 
-def train_control(config: Config, seconds: float) -> FlowModel[Any]:
+def train_control(config: Config, seconds: float) -> FlowModel:
     """The base model trained on for ``seconds`` without a reward, same optimizer settings; its weight average."""
     model = load_model(config.model)
     parameters = list(model.transformer.parameters())

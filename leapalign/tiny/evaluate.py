@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from leapalign.generate import generate
-from leapalign.models.flux import PromptEmbeddings
+from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.protocol import FlowModel
 from leapalign.reward_gradient import RewardFn
 from leapalign.statistics import Interval, mean_interval, share_interval
@@ -43,7 +42,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: FlowModel[Any],
+    model: FlowModel,
     embeddings: PromptEmbeddings,
     prompts: Sequence[Prompt],
     seed: int,

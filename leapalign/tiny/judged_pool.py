@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leapalign.config import ModelConfig
 from leapalign.generate import generate
-from leapalign.models.flux import FluxModel, encode_prompts
+from leapalign.models import encode_prompts, load_model
 from leapalign.tiny.evaluate import NUM_STEPS
 from leapalign.tiny.grades import MOST_EDITS, edits_needed, scene_of
 from leapalign.tiny.judge import detect
@@ -78,9 +79,10 @@ def build_pool(stages: Sequence[tuple[Path, int]], seed: int) -> JudgedPool:
     images, own = [], []
     for folder, count in stages:
         asked = draw_prompts(prompts, count, rng)
-        embeddings = encode_prompts(str(folder), [prompt.text for prompt in asked])
+        model = ModelConfig(path=str(folder), height=IMAGE_SIZE, width=IMAGE_SIZE)
+        embeddings = encode_prompts(model, [prompt.text for prompt in asked])
         seeds = range(first_seed := rng.randrange(2**40), first_seed + count)
-        made = generate(FluxModel.load(folder, IMAGE_SIZE, IMAGE_SIZE), embeddings, seeds, NUM_STEPS)
+        made = generate(load_model(model), embeddings, seeds, NUM_STEPS)
         images += [image.numpy() for image in made]
         own += [index[prompt.text] for prompt in asked]
     generated = len(images)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from leapalign.models.flux import FluxModel, PromptEmbeddings
+from leapalign.models.embeddings import PromptEmbeddings
+from leapalign.models.flux import FluxModel
 from leapalign.models.protocol import FlowModel
 from leapalign.tiny.evaluate import evaluate
 from leapalign.tiny.model import (
@@ -77,8 +78,10 @@ class TinyFlux(torch.nn.Module):
         """Embeddings as ``FluxPipeline.encode_prompt`` computes them: padded, without an attention mask."""
         tokens = self.tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
         return PromptEmbeddings(
-            tokens=self.token_encoder(tokens.input_ids).last_hidden_state,
-            pooled=self.pooled_encoder(tokens.input_ids).pooler_output,
+            {
+                "pooled": self.pooled_encoder(tokens.input_ids).pooler_output,
+                "tokens": self.token_encoder(tokens.input_ids).last_hidden_state,
+            }
         )
 
     def as_flow_model(self) -> FluxModel:
@@ -96,7 +99,7 @@ def draw_batch(size: int, caption_noise: float, rng: random.Random) -> tuple[lis
 
 
 def flow_matching_loss(
-    model: FlowModel[Any], embeddings: PromptEmbeddings, images: Tensor, generator: torch.Generator
+    model: FlowModel, embeddings: PromptEmbeddings, images: Tensor, generator: torch.Generator
 ) -> Tensor:
     """``mean |v(x_s, s) - (noise - data)|^2`` over ``images (B, 3, H, W)``, with ``s = sigmoid(N(0.8, 1.1))``: the
     noisy end, where the layout is decided, is visited often."""
