@@ -17,6 +17,7 @@ from leapalign.memory.residency import host_memory, made_for
 from leapalign.optimizers import get_optimizer
 from leapalign.streams import AVERAGE_STREAM, ROUNDING_STREAM, seed_of
 from leapalign.surrogate import GradientSink
+from leapalign.validation import UserError
 from leapalign.weight_average import WeightAverage
 
 _METER_ELEMENTS = 4096
@@ -42,7 +43,7 @@ class Optimizer:
         self._parameters = parameters
         self._weights = weights
         self._gradients = HostGradients(parameters) if weights else None
-        self._max_grad_norm = config.max_grad_norm
+        self._name, self._max_grad_norm = config.name, config.max_grad_norm
         with self.changing_weights():
             self.rule = get_optimizer(parameters, config, seed_of(seed, ROUNDING_STREAM, 0))
         self.schedule = get_scheduler(
@@ -119,16 +120,31 @@ class Optimizer:
 
     def scalars(self) -> dict[str, Any]:
         """The rest of the state, fit for JSON."""
-        return {"schedule": self.schedule.state_dict(), "average_updates": self.average.updates}
+        return {
+            "name": self._name,
+            "schedule": self.schedule.state_dict(),
+            "average_updates": self.average.updates,
+        }
 
     def load(self, tensors: dict[str, Tensor], scalars: dict[str, Any], average: list[Tensor]) -> None:
-        """Restores `tensors`, `scalars` and the weight average, of which ``average`` holds what `tensors` does not."""
+        """Restores `tensors`, `scalars` and the weight average, of which ``average`` holds what `tensors` does not.
+
+        Raises UserError where they are another optimizer's.
+        """
+        if scalars["name"] != self._name:
+            raise UserError(
+                f"a run begun with optimizer.name {scalars['name']} cannot go on with {self._name}; set it back, or "
+                "choose another output"
+            )
         for number, value in enumerate(average):
             self.average.tensors[number].copy_(tensors.pop(f"{number}.average", value))
         self.average.updates = scalars["average_updates"]
-        for name, value in tensors.items():
-            index, key = name.split(".", 1)
-            self.rule.state[self._parameters[int(index)]][key] = value
+        with self.changing_weights():
+            for name, value in tensors.items():
+                index, key = name.split(".", 1)
+                parameter = self._parameters[int(index)]
+                # The count of steps stays on the CPU, as PyTorch has it.
+                self.rule.state[parameter][key] = value if key == "step" else value.to(parameter.device)
         self.schedule.load_state_dict(scalars["schedule"])
         for group, rate in zip(self.rule.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
