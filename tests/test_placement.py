@@ -55,6 +55,15 @@ def test_every_place_gives_the_same_run(parts: Path, plain: Any, tmp_path: Path,
         assert picture.stat().st_size > 0
 
 
+@pytest.mark.parametrize("place", ["host optimizer", "streamed"])
+def test_factored_moments_give_the_same_run_in_either_memory(parts: Path, tmp_path: Path, place: str) -> None:
+    asked = ("optimizer.name=adafactor", "train.iterations=3")
+    whole, records = run(parts, tmp_path / "device", *asked)
+    found, others = run(parts, tmp_path / "host", *asked, *PLACES[place])
+    assert torch.equal(found, whole)
+    assert others == records
+
+
 def test_accumulating_on_the_host_is_exact(parts: Path, tmp_path: Path) -> None:
     """Four rollouts of one image, summed in host memory, against four images at once."""
     asked = (BYTES, "train.iterations=1", HOST)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from leapalign.config import OptimizerConfig
+from leapalign.optimizers.adafactor import Adafactor
 from leapalign.optimizers.adamw import AdamW
 from leapalign.optimizers.adamw_8bit import AdamW8bit
 
@@ -27,7 +28,7 @@ class UpdateRule(Protocol):
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
 
-OPTIMIZERS: dict[str, type[Any]] = {"adamw": AdamW, "adamw_8bit": AdamW8bit}
+OPTIMIZERS: dict[str, type[Any]] = {"adamw": AdamW, "adamw_8bit": AdamW8bit, "adafactor": Adafactor}
 
 
 def get_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig, seed: int) -> UpdateRule:

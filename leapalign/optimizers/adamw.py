@@ -39,6 +39,6 @@ def _refuse_rounding_to_nearest(parameters: Sequence[nn.Parameter], learning_rat
     share = stuck / sum(weights.numel() for weights in half)
     raise UserError(
         f"optimizer.name adamw rounds bfloat16 weights to nearest, and a step of {learning_rate:g} would leave "
-        f"{share:.0%} of them where they are; choose adamw_8bit, which rounds stochastically, or "
+        f"{share:.0%} of them where they are; choose adamw_8bit or adafactor, which round stochastically, or "
         "model.dtype float32"
     )
