@@ -81,7 +81,7 @@ def measure(optimizer: str, name: str, elements: int, steps: int) -> dict[str, A
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--elements", type=int, default=1 << 20)
+    parser.add_argument("--elements", type=int, default=1 << 19)
     parser.add_argument("--steps", type=int, default=2000)
     arguments = parser.parse_args()
     for optimizer in OPTIMIZERS:
