@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -120,6 +123,14 @@ def test_gradients_are_scaled_in_float32(name: str, dtype: torch.dtype) -> None:
         # The same bits round what is all but the same.
         same = torch.isclose(a, b, rtol=1e-6, atol=1e-7)
         assert float(same.float().mean()) > 0.999
+
+
+def test_recorded_movements_are_those_of_float32() -> None:
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / "stochastic_rounding.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {(line["optimizer"], line["change"]) for line in lines} == set(itertools.product(ROUNDED, CHANGES))
+    assert all(abs(line["stochastic_to_float32"] - 1) < 0.01 for line in lines)
+    assert all(line["nearest_to_float32"] < 0.05 for line in lines)
 
 
 def test_every_optimizer_has_a_name_in_the_configuration() -> None:
