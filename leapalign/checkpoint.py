@@ -52,7 +52,7 @@ def save_checkpoint(run: Path, iteration: int, transformer: Any, optimizer: Opti
 def load_checkpoint(folder: Path, transformer: Any, optimizer: Optimizer) -> int:
     """Restores weights, average and optimizer from ``folder``; returns the iteration.
 
-    Raises UserError where the files are missing, damaged or of another model.
+    Raises UserError where the files are missing, damaged, or of another model or optimizer.
     """
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -64,6 +64,8 @@ def load_checkpoint(folder: Path, transformer: Any, optimizer: Optimizer) -> int
         names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
         optimizer.load(tensors, state["optimizer"], [average[name] for name in names])
         return int(state["iteration"])
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"checkpoint '{folder}' cannot be resumed ({brief(error)}); delete it to resume from the one before"

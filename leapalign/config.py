@@ -51,14 +51,21 @@ class RolloutConfig:
     """Images sampled at once; an iteration of ``train.batch_size`` images runs as several such rollouts."""
 
 
+HOST_OPTIMIZERS = ("adamw_8bit", "adafactor")
+"""Those that take float32 gradients from host memory, whatever the dtype of the weights."""
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """``adamw``: moments in the dtype of the weights; ``adamw_8bit``: in bytes, and bfloat16 weights rounded
-    stochastically."""
+    name: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """``adamw``: moments in the dtype of the weights; ``adamw_8bit``: in bytes; ``adafactor``: second moments by
+    row and column, no first ones. The last two round bfloat16 weights stochastically."""
     learning_rate: PositiveFloat = 1e-5
+    """Of AdamW a weight's largest steady step; of adafactor the largest root mean square of a tensor's."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of the first moments, where there are any."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Of the second moments; adafactor's is ``1 - n^-0.8`` at step n."""
     weight_decay: NonNegativeFloat = 1e-4
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
@@ -161,8 +168,10 @@ class Config:
 
     def _check_memory(self) -> None:
         memory = self.memory
-        if memory.optimizer == "host" and self.optimizer.name != "adamw_8bit":
-            raise ValueError("memory.optimizer host needs optimizer.name adamw_8bit; set one of them")
+        if memory.optimizer == "host" and self.optimizer.name not in HOST_OPTIMIZERS:
+            raise ValueError(
+                f"memory.optimizer host needs optimizer.name {' or '.join(HOST_OPTIMIZERS)}; set one of them"
+            )
         if memory.optimizer == "host" and self.diagnostics.true_gradient_every:
             raise ValueError(
                 "diagnostics.true_gradient_every needs gradients on the device; set it to 0, or memory.optimizer to "

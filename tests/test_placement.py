@@ -54,6 +54,15 @@ def test_every_place_gives_the_same_run(parts: Path, plain: Any, tmp_path: Path,
         assert picture.stat().st_size > 0
 
 
+@pytest.mark.parametrize("place", ["host optimizer", "streamed"])
+def test_factored_moments_give_the_same_run_in_either_memory(parts: Path, tmp_path: Path, place: str) -> None:
+    asked = ("optimizer.name=adafactor", "train.iterations=3")
+    whole, records = run(parts, tmp_path / "device", *asked)
+    found, others = run(parts, tmp_path / "host", *asked, *PLACES[place])
+    assert torch.equal(found, whole)
+    assert others == records
+
+
 def test_resuming_with_weights_in_host_memory(parts: Path, tmp_path: Path) -> None:
     asked = (BYTES, *STREAMED, "train.iterations=4")
     whole = train(config_of(parts, tmp_path / "whole", *asked))

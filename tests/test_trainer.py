@@ -175,6 +175,13 @@ def test_damaged_checkpoint_is_named(parts: Path, tmp_path: Path) -> None:
         train(config, resume=True)
 
 
+def test_checkpoint_of_another_optimizer_is_refused(parts: Path, tmp_path: Path) -> None:
+    config = config_of(parts, tmp_path / "run", "train.iterations=1")
+    train(config)
+    with pytest.raises(UserError, match=r"^a run begun with optimizer\.name adamw cannot go on with adamw_8bit"):
+        train(config_of(parts, tmp_path / "run", "optimizer.name=adamw_8bit"), resume=True)
+
+
 def test_unfinished_checkpoint_is_not_taken(parts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints" / "step-9.partial").mkdir(parents=True)
