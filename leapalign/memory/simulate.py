@@ -140,7 +140,7 @@ class _Tokens:
         return torch.ones_like(self.input_ids)
 
     def to(self, device: torch.device) -> _Tokens:
-        return self
+        return _Tokens(self.input_ids.to(device))
 
 
 @dataclasses.dataclass
@@ -158,7 +158,9 @@ def simulate(config: Config) -> Simulation:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     before = TRAFFIC.copy()
     with ledger, spectator:
-        trainer = _fake_trainer(config, mode, ledger)
+        parts = skeleton(config, mode)
+        _count_parts(ledger, parts)
+        trainer = skeleton_trainer(config, parts, torch.device("cpu"))
         parameters = [p for p in trainer.model.transformer.parameters() if p.requires_grad]
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(lambda p: _count_gradient(ledger, p))
@@ -193,43 +195,67 @@ def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:
         ledger.count(parameter.grad, role="gradients")
 
 
-def _fake_trainer(config: Config, mode: FakeTensorMode, ledger: StorageLedger) -> Trainer:
-    batch = min(config.rollout.batch_size, config.train.batch_size)
+@dataclasses.dataclass(frozen=True)
+class Skeleton:
+    """A model and a reward of the sizes that a configuration names, and as many prompts as `ROLLOUTS` rollouts need."""
+
+    model: FluxModel
+    reward: ClipScorer
+    embeddings: Any
+    """As `leapalign.models.encode_prompts` returns them."""
+
+
+def skeleton(config: Config, making: contextlib.AbstractContextManager[Any]) -> Skeleton:
+    """Built from the configs alone, weights at random, on the tensors that the (reusable) context ``making`` makes.
+
+    Raises UserError where the model's configs cannot be read.
+    """
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     folder = KNOWN_MODELS.get(config.model.path, Path(resolve(config.model.path)))
-    with mode, _default_dtype(dtype):
-        try:
+    try:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+        with making, _default_dtype(dtype):
             sizes = FluxTransformer2DModel.load_config(folder, subfolder="transformer")
             transformer = FluxTransformer2DModel.from_config(sizes)
             vae = None
             if (folder / "vae").is_dir():
                 vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read the configs of a FLUX.1 model in '{folder}' ({brief(error)}); check model.path"
-            ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read the configs of a FLUX.1 model in '{folder}' ({brief(error)}); check model.path"
+        ) from None
     reward_folder = Path(resolve(config.reward["path"])) if "path" in config.reward else REWARD
     clip = CLIPConfig.from_pretrained(reward_folder if reward_folder.is_dir() else REWARD)
-    with mode, _default_dtype(getattr(torch, config.reward.get("dtype", "float32"))):
+    with making, _default_dtype(getattr(torch, config.reward.get("dtype", "float32"))):
         scorer = CLIPModel(clip)
-    with mode:
+    with making:
         words = _Words(clip.text_config.max_position_embeddings)
         reward = ClipScorer(scorer, words, _Pictures(), "cosine")
-        size = ROLLOUTS * batch
+        size = ROLLOUTS * min(config.rollout.batch_size, config.train.batch_size)
         widths = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
         tokens = min(TEXT_TOKENS, _longest_prompt(folder))
-        embeddings: Any = PromptEmbeddings(torch.empty(size, tokens, widths[0]), torch.empty(size, widths[1]))
+        embeddings: Any = PromptEmbeddings(torch.zeros(size, tokens, widths[0]), torch.zeros(size, widths[1]))
     if config.model.true_cfg_scale != 1:
         scale, batched = config.model.true_cfg_scale, config.model.true_cfg_batched
         embeddings = GuidedEmbeddings(embeddings, embeddings[:1], scale, batched)
     model = FluxModel(transformer, scheduler, config.model.height, config.model.width, vae, config.model.guidance)
-    ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
-    ledger.count(*(vae.parameters() if vae else ()), *reward.parameters(), *reward.buffers(), role="reward")
-    ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())
+    return Skeleton(model, reward, embeddings)
+
+
+def skeleton_trainer(config: Config, parts: Skeleton, device: torch.device) -> Trainer:
+    """Of iterations of `ROLLOUTS` rollouts each."""
+    size = len(parts.embeddings)
     two_rollouts = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
-    method, device = get_method(**config.method), torch.device("cpu")
-    return Trainer.assembled(two_rollouts, model, ["a prompt"] * size, embeddings, reward, method, device)
+    method, prompts = get_method(**config.method), ["a prompt"] * size
+    return Trainer.assembled(two_rollouts, parts.model, prompts, parts.embeddings, parts.reward, method, device)
+
+
+def _count_parts(ledger: StorageLedger, parts: Skeleton) -> None:
+    transformer, decoder, reward = parts.model.transformer, parts.model.decoder, parts.reward
+    ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
+    ledger.count(*(decoder.parameters() if decoder else ()), *reward.parameters(), *reward.buffers(), role="reward")
+    embeddings = parts.embeddings
+    ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())
 
 
 def _longest_prompt(folder: Path) -> int:
