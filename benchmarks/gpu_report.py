@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from leap_kernels.tools.report import provenance
+from torch import Tensor
 
 from benchmarks.tables import markdown
 from leapalign.config import Config, load_config
@@ -45,22 +46,19 @@ from leapalign.validation import UserError, brief
 
 ROOT = Path(__file__).parents[1]
 TINY, PROFILE = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "flux1_dev" / "80gb.yaml"
-PLACES = {
-    "device": (),
-    "host": ("memory.optimizer=host",),
-    "streamed": ("memory.optimizer=host", "memory.weights=streamed", "memory.checkpointing=blocks"),
-}
+ON_DEVICE = ("optimizer.name=adamw_8bit", "rollout.batch_size=8", "memory.checkpointing=blocks")
+ON_HOST = (*ON_DEVICE, "memory.optimizer=host")
+PLACES = {"device": ON_DEVICE, "host": ON_HOST, "streamed": (*ON_HOST, "memory.weights=streamed")}
 RESERVE = 2 << 30
-"""Bytes of a GPU for its libraries and fragmentation: less than that to spare, and the large step is left out."""
+"""Bytes to spare for a GPU's libraries and fragmentation, and for the host's system."""
 
 Part = Callable[[], Any]
-QUICK = ("optimizer.name=adamw_8bit", "rollout.batch_size=8")
 
 
 def parts(device: torch.device, profile: Path) -> dict[str, Part]:
     """What the report consists of, by name."""
     tiny = {
-        f"tiny model, {place}": partial(measured_step, load_config(TINY, (*QUICK, *asked)), device)
+        f"tiny model, {place}": partial(measured_step, load_config(TINY, asked), device)
         for place, asked in PLACES.items()
     }
     return {
@@ -101,16 +99,15 @@ def bandwidth(device: torch.device, size: int) -> dict[str, float]:
     """GB/s between pinned host memory and the device, one way at a time: the best of five copies of ``size`` bytes."""
     lane, like = Lane(device), torch.zeros(1, dtype=torch.uint8)
     host, there = pinned(size, like, device).fill_(1), lane.device_memory(size, like)
-    found = {}
-    for name, target, source in (("to_device", there, host), ("to_host", host, there)):
-        seconds = []
-        for _ in range(5):
-            lane.finish()
-            begin = time.perf_counter()
-            lane.copy(target, source, after=lane.mark()).synchronize()
-            seconds.append(time.perf_counter() - begin)
-        found[f"{name}_gigabytes_per_second"] = size / min(seconds) / 1e9
-    return found
+
+    def seconds(target: Tensor, source: Tensor) -> float:
+        lane.finish()
+        begin = time.perf_counter()
+        lane.copy(target, source, after=lane.mark()).synchronize()
+        return time.perf_counter() - begin
+
+    ways = {"to_device": (there, host), "to_host": (host, there)}
+    return {name: size / min(seconds(*way) for _ in range(5)) / 1e9 for name, way in ways.items()}
 
 
 def large_step(config: Config, device: torch.device) -> dict[str, Any]:
@@ -142,9 +139,7 @@ def measured_step(config: Config, device: torch.device, found: Simulation | None
     home = torch.device("cpu") if config.memory.optimizer == "host" else device
     trainer = skeleton_trainer(config, skeleton(config, home), device)
     trainer.train_one()
-    seconds: Counter[Stage] = Counter()
-    peaks: Counter[Stage] = Counter()
-    trainer.iteration = 1
+    seconds, peaks, trainer.iteration = Counter[Stage](), Counter[Stage](), 1
     with watched(lambda name: _measuring(name, device, seconds, peaks)):
         metrics = trainer.train_one()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -189,19 +184,21 @@ def page(report: dict[str, Any]) -> str:
 
 def _stages(step: dict[str, Any]) -> str:
     computed = step["seconds_computed"] or {}
-    rows = []
-    for stage, seconds in step["seconds"].items():
+
+    def row(stage: str, seconds: float) -> list[str]:
         ideal = computed.get(stage)
-        cells = [f"{ideal['compute']:.2f} / {ideal['transfer']:.2f}" if ideal else "-"]
         peaks = [step[key].get(stage) for key in ("peak_bytes", "peak_bytes_simulated")]
-        rows.append([stage, f"{seconds:.2f}", *cells, *("-" if size is None else f"{gib(size)}" for size in peaks)])
+        cells = [f"{ideal['compute']:.2f} / {ideal['transfer']:.2f}" if ideal else "-"]
+        return [stage, f"{seconds:.2f}", *cells, *("-" if size is None else f"{gib(size)}" for size in peaks)]
+
+    rows = [row(*item) for item in step["seconds"].items()]
     return markdown(["stage", "s measured", "s computed: compute / transfer", "GiB measured", "GiB simulated"], rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", type=Path, default=PROFILE, help="configuration of the large step")
-    parser.add_argument("--output", type=Path, default=Path("gpu_report.json"))
+    for name, default in (("profile", PROFILE), ("output", Path("gpu_report.json"))):
+        parser.add_argument(f"--{name}", type=Path, default=default)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_report: PyTorch finds no GPU here; run this on a machine that has one", file=sys.stderr)

@@ -1,6 +1,6 @@
 """A training iteration on an accelerator that is not there: tensors without memory, and PyTorch's own device checks.
 
-    python tests/card_iteration.py CONFIG
+    python tests/card_iteration.py CONFIG ...
 
 Fake tensors say "cpu" or "card", and an operation on both is an error, as it is on a GPU; the backward pass runs in a
 thread of its own, as a GPU's does. Prints how often each stage waits for the card. A process of its own, because
@@ -88,9 +88,7 @@ def at_once(threaded: bool) -> Background:
     return Background(threaded=False)
 
 
-def main(path: str) -> None:
-    registration._setup_privateuseone_for_python_backend("card", backend_module=Card())
-    host_weights._Group.point_at, placement._move, transfer.Background = point_at, move_module, at_once
+def iteration(path: str) -> dict[str, Any]:
     config, card = load_config(Path(path)), torch.device("card", 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     parts = skeleton(config, fake)
@@ -99,9 +97,14 @@ def main(path: str) -> None:
         waits.found.clear()
         trainer.train_one()
         found = dict(waits.found)
+        saved = {name: value.cpu() for name, value in trainer.optimizer.tensors().items()}
+        trainer.optimizer.load(saved, trainer.optimizer.scalars(), trainer.optimizer.average.tensors)
+        trainer.train_one()
         images = generate(trainer.model, trainer.embeddings[torch.arange(2)], range(2), 3)
-    print(json.dumps({"waits": found, "images": str(images.device)}))
+    return {"waits": found, "images": str(images.device)}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    registration._setup_privateuseone_for_python_backend("card", backend_module=Card())
+    host_weights._Group.point_at, placement._move, transfer.Background = point_at, move_module, at_once
+    print(json.dumps([iteration(path) for path in sys.argv[1:]]))
