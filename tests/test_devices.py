@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_trainer import config_of, parts
 
 from leapalign.config import save_config
@@ -16,6 +17,7 @@ SCRIPT = Path(__file__).parent / "card_iteration.py"
 PLACES = (("diagnostics.true_gradient_every=1",), ("memory.optimizer=host",))
 
 
+@pytest.mark.slow
 def test_an_iteration_mixes_no_devices_and_seldom_waits(parts: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.yaml" for number in range(len(PLACES))]
     for file, place in zip(files, PLACES, strict=True):
