@@ -17,7 +17,6 @@ to the nearest of 65536 even steps from -1 to 1 first. Hence 0 becomes 2e-5, and
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,7 +32,6 @@ from .stochastic_round import reference as round_reference
 
 _GROUP = 256
 _PLACES = 65536
-_PIECE = 1 << 22
 _SINGLE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 # ---- format ------------------------------------------------------------------------------------------------
@@ -57,12 +55,6 @@ def _bytes_of_places(entries: Tensor) -> Tensor:
 
 MAP1, MAP2 = dynamic_map(signed=True), dynamic_map(signed=False)
 _TABLE1, _TABLE2 = _bytes_of_places(MAP1), _bytes_of_places(MAP2)
-
-
-@functools.cache
-def _on(device: torch.device, constant: Tensor) -> Tensor:
-    """Return one of the four tables on a device; copied once, as a GPU is waited for until a copy is complete."""
-    return constant.to(device)
 
 
 def _layout(parameter: Tensor) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
@@ -116,17 +108,7 @@ class Factors(NamedTuple):
 def reference(
     parameter: Tensor, gradient: Tensor, state: Adam8bitState, factors: Factors, seed: int, offset: int
 ) -> None:
-    """Take the step on contiguous tensors in plain PyTorch, in pieces: its temporaries are many times as large."""
-    for start in range(0, parameter.numel(), _PIECE):
-        elements, groups = slice(start, start + _PIECE), slice(start // _GROUP, (start + _PIECE) // _GROUP)
-        parts = (state.state1.view(-1)[elements], state.absmax1[groups])
-        piece = Adam8bitState(*parts, state.state2.view(-1)[elements], state.absmax2[groups])
-        _step_piece(parameter.view(-1)[elements], gradient.view(-1)[elements], piece, factors, seed, offset + start)
-
-
-def _step_piece(
-    parameter: Tensor, gradient: Tensor, state: Adam8bitState, factors: Factors, seed: int, offset: int
-) -> None:
+    """Take the step on contiguous tensors in plain PyTorch."""
     g = gradient.flatten().float() * factors.gradient_scale
     m = _multiply_add(g, factors.rest1, _widened(state.state1, state.absmax1, MAP1) * factors.beta1)
     v = _multiply_add(g * factors.rest2, g, _widened(state.state2, state.absmax2, MAP2) * factors.beta2)
@@ -155,7 +137,7 @@ def _multiply_add(x: Tensor, y: Tensor | float, z: Tensor) -> Tensor:
 
 def _widened(codes: Tensor, absmax: Tensor, entries: Tensor) -> Tensor:
     """Return the elements (n,) that bytes of any shape stand for."""
-    values = _on(codes.device, entries)[codes.flatten().long()]
+    values = entries.to(codes.device)[codes.flatten().long()]
     return values * absmax.repeat_interleave(_GROUP)[: len(values)]
 
 
@@ -166,7 +148,7 @@ def _narrow(values: Tensor, codes: Tensor, absmax: Tensor, table: Tensor) -> Non
     # 0 / 0 is NaN, too.
     scaled = (groups * (1 / absmax)[:, None]).nan_to_num(nan=-1.0).clamp(-1, 1)
     places = _multiply_add((scaled + 1) * 0.5, _PLACES - 1, torch.full_like(scaled, 0.5)).long()
-    codes.copy_(_on(codes.device, table)[places].flatten()[: len(values)].view(codes.shape))
+    codes.copy_(table.to(codes.device)[places].flatten()[: len(values)].view(codes.shape))
 
 
 # ---- native CPU code ---------------------------------------------------------------------------------------

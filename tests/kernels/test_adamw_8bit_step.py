@@ -224,21 +224,3 @@ def test_wrong_arguments_are_named(changed, message) -> None:
     with pytest.raises(ValueError, match=message):
         adamw_8bit_step_(**arguments)
     assert not any(tensor.any() for tensor in STATE.tensors())
-
-
-@pytest.mark.parametrize("piece", [256, 1024])
-def test_the_reference_takes_a_step_in_pieces(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    def stepped() -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(0)
-        parameter = torch.randn(37, 111, generator=generator).bfloat16()
-        state = Adam8bitState.zeros_like(parameter)
-        numbers = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 3}
-        for step in (1, 2):
-            gradient = torch.randn(parameter.shape, generator=generator)
-            with use_backend("reference", strict=True):
-                adamw_8bit_step_(parameter, gradient, state, step=step, offset=5000 * step + 1, **numbers)
-        return parameter, *state.tensors()
-
-    whole = stepped()
-    monkeypatch.setattr("leap_kernels.adamw_8bit_step._PIECE", piece)
-    assert all(torch.equal(a, b) for a, b in zip(stepped(), whole, strict=True))
