@@ -177,6 +177,7 @@ def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
 def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     import torch
 
+    from leapalign.memory.placement import place_reward, training_device
     from leapalign.models import encode_prompts, load_model
     from leapalign.report import text_table
     from leapalign.rewards import get_reward
@@ -184,6 +185,7 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
 
     config, model, prompts = _model_and_prompts(arguments, overrides, [])
     reward, embeddings = get_reward(**config.reward), encode_prompts(config.model, prompts)
+    place_reward(reward, training_device())
     arms = {"base": load_model(config.model), "run": model} if arguments.run else {"base": model}
     scores = {}
     for name, arm in arms.items():
@@ -219,7 +221,9 @@ def _model_and_prompts(
 
 def _generate(config: Config, model: Any, embeddings: Any, seed: int) -> Any:
     from leapalign.generate import generate
+    from leapalign.memory.placement import place_for_sampling, training_device
 
+    place_for_sampling(model, config.memory, training_device())
     seeds = range(seed, seed + len(embeddings))
     return generate(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
 

@@ -42,14 +42,15 @@ class Optimizer:
         """``weights``: where they have their masters in host memory, and so have gradients and moments."""
         self._parameters = parameters
         self._weights = weights
-        self._gradients = HostGradients(parameters) if weights else None
+        self._gradients = HostGradients(parameters, weights.device) if weights else None
         self._name, self._max_grad_norm = config.name, config.max_grad_norm
+        # Moments are made at once: a run that does not fit fails before its first iteration.
         with self.changing_weights():
             self.rule = get_optimizer(parameters, config, seed_of(seed, ROUNDING_STREAM, 0))
+            self.average = WeightAverage(parameters, ema, seed_of(seed, AVERAGE_STREAM, 0))
         self.schedule = get_scheduler(
             config.schedule, self.rule, num_warmup_steps=config.warmup_iterations, num_training_steps=iterations
         )
-        self.average = WeightAverage(parameters, ema, seed_of(seed, AVERAGE_STREAM, 0))
 
     @property
     def learning_rate(self) -> float:
@@ -61,6 +62,8 @@ class Optimizer:
         Returns ``grad_norm``, the global norm before clipping, and ``moved``, the share of weights that changed,
         of the first `_METER_ELEMENTS` of each parameter.
         """
+        if self._gradients is not None:
+            self._gradients.wait()
         with self.changing_weights():
             gradients = [self._gradient_of(parameter) for parameter in self._parameters]
             norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])

@@ -46,13 +46,16 @@ def agreement(
     finally:
         for parameter, gradient in zip(parameters, approximate, strict=True):
             parameter.grad = gradient
-    products = torch.zeros(3, dtype=torch.float64)
+    # Summed where the gradients are: a GPU is asked once, not for every parameter.
+    products = torch.zeros(3, dtype=torch.float64, device=parameters[0].device)
     for parameter in parameters:
         if parameter.grad is not None and parameter in true:
-            products[0] += float((parameter.grad.float() * true[parameter].float()).sum())
-        products[1] += float(parameter.grad.float().square().sum()) if parameter.grad is not None else 0.0
-        products[2] += float(true[parameter].float().square().sum()) if parameter in true else 0.0
-    dot, own, other = products
+            products[0] += (parameter.grad.float() * true[parameter].float()).sum()
+        if parameter.grad is not None:
+            products[1] += parameter.grad.float().square().sum()
+        if parameter in true:
+            products[2] += true[parameter].float().square().sum()
+    dot, own, other = products.cpu()
     return {
         "true_gradient_cosine": (dot / (own * other).sqrt()).view(1),
         "true_gradient_norm_ratio": (own / other).sqrt().view(1),

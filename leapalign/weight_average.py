@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from leap_kernels import ema_update_, stochastic_round_
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from leapalign.config import EmaConfig
 from leapalign.memory.residency import host_memory
+from leapalign.memory.transfer import ToHost
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,8 +31,10 @@ class WeightAverage:
             self.tensors: list[Tensor] = [
                 parameter.detach().to("cpu", _DTYPES[config.dtype], copy=True) for parameter in parameters
             ]
+            # Weights in host memory are beside their average.
+            device = parameters[0].device
+            self._to_host = None if device.type == "cpu" else ToHost(device, parameters)
 
-    @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the weights."""
         self.updates += 1
@@ -38,13 +42,22 @@ class WeightAverage:
         # Every update draws from positions of its own.
         position = (self.updates - 1) * sum(average.numel() for average in self.tensors)
         for average, parameter in zip(self.tensors, self._parameters, strict=True):
-            with host_memory("average"):
-                weights = parameter.detach().to("cpu")
-                if average.dtype == torch.float32:
-                    ema_update_(average, weights, decay)
-                else:
-                    stochastic_round_(average, ema_update_(average.float(), weights, decay), self._seed, position)
+            move = partial(self._move, average, decay, position)
+            if self._to_host is None:
+                move(parameter.detach())
+            else:
+                self._to_host.send(parameter.detach(), move)
             position += average.numel()
+        if self._to_host is not None:
+            self._to_host.wait()
+
+    @torch.no_grad()
+    def _move(self, average: Tensor, decay: float, position: int, weights: Tensor) -> None:
+        with host_memory("average"):
+            if average.dtype == torch.float32:
+                ema_update_(average, weights, decay)
+            else:
+                stochastic_round_(average, ema_update_(average.float(), weights, decay), self._seed, position)
 
     def copy_to(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sets ``parameters`` to the average, rounded to their dtype."""

@@ -66,7 +66,9 @@ def test_host_memory_holds_what_leaves_the_device(parts: Path, tmp_path: Path) -
     assert weights["plain"] == weights["host"] == size
     assert weights["streamed"] < 0.75 * size
     assert "gradients" not in host.device["optimizer"].by_role
-    assert host.host["optimizer"].by_role["gradients"] == host.host["optimizer"].by_role["weights"] == size
+    held = host.host["optimizer"].by_role
+    assert held["weights"] == size
+    assert size < held["gradients"] < 1.5 * size, "the sums, and what gradients pass through"
     assert plain.traffic == {}
     assert host.traffic["surrogate", "to_host"] > 0
     assert streamed.traffic["rollout", "to_device"] > host.traffic.get(("rollout", "to_device"), 0)

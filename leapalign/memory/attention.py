@@ -33,6 +33,7 @@ def set_attention(model: Any, wanted: str, device: torch.device, dtype: torch.dt
     raise UserError("no attention backend works here; reinstall torch")
 
 
+@torch.enable_grad()
 def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run attention and its backward pass; None if it can."""
     if name not in {backend.value for backend in AttentionBackendName}:

@@ -8,25 +8,34 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.memory.residency import host_memory, note_traffic
+from leapalign.memory.transfer import ToHost
 
 
 class HostGradients:
-    """Sums of gradients: exact accumulation, and all of them there before the first weight moves."""
+    """Sums of gradients: exact accumulation, and all of them there before the first weight moves.
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    Gradients come from ``device``, in the dtype of the parameters. A GPU's backward pass goes on while they are copied
+    and added, each parameter's in the order they came.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         with host_memory("gradients"):
             self._sums: dict[Tensor, Tensor] = {
                 p: torch.zeros_like(p, dtype=torch.float32, device="cpu") for p in parameters
             }
+            self._to_host = ToHost(device, parameters)
 
-    @torch.no_grad()
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
-        """A `leapalign.surrogate.GradientSink`."""
+        """A `leapalign.surrogate.GradientSink`. Raises what adding an earlier gradient raised."""
         note_traffic("to_host", gradient.nbytes)
-        with host_memory("gradients"):
-            self._sums[parameter].add_(gradient.to("cpu"))
+        self._to_host.send(gradient, self._sums[parameter].add_)
+
+    def wait(self) -> None:
+        """Returns when the sums are complete; raises what adding a gradient raised."""
+        self._to_host.wait()
 
     def __getitem__(self, parameter: nn.Parameter) -> Tensor:
+        """The sum, shape of the parameter, float32; complete after `wait`."""
         return self._sums[parameter]
 
     def clear(self) -> None:

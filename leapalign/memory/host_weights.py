@@ -1,7 +1,4 @@
-"""Weights whose masters live in host memory: the device holds copies of all of them, or of a few blocks at a time.
-
-The copies run on a stream of their own where the device is a GPU; this file holds every line that has to know.
-"""
+"""Weights whose masters live in host memory: the device holds copies of all of them, or of a few blocks at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.memory.residency import host_memory, made_for, note_traffic
+from leapalign.memory.transfer import Event, Lane, pinned
 from leapalign.validation import UserError
 
 
@@ -22,9 +20,11 @@ class _Buffer:
     """Device memory for one group's copy."""
 
     memory: Tensor
+    read: Event
+    """The point after which nothing reads what is in it: a new copy may begin."""
+    arrived: Event = None
+    """The point at which the copy can be used."""
     owner: _Group | None = None
-    arrived: Any = None
-    """Event after which the copy can be used."""
 
 
 @dataclass(eq=False)
@@ -36,12 +36,15 @@ class _Group:
     """All of them, flat, in host memory."""
     buffer: _Buffer | None = None
 
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parameters' shares of ``flat``, in their shapes."""
+        parts = flat.split([parameter.numel() for parameter in self.parameters])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters, strict=True)]
+
     def point_at(self, flat: Tensor) -> None:
         """Makes the parameters views of ``flat``."""
-        begin = 0
-        for parameter in self.parameters:
-            parameter.data = flat[begin : begin + parameter.numel()].view(parameter.shape)
-            begin += parameter.numel()
+        for parameter, part in zip(self.parameters, self.views(flat), strict=True):
+            parameter.data = part
 
 
 class HostWeights:
@@ -55,8 +58,9 @@ class HostWeights:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, buffers: int | None) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = device
+        """Where the copies are."""
+        self._lane = Lane(device)
         lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
         blocks = [block for members in lists for block in members]
         inside = {parameter for block in blocks for parameter in block.parameters()}
@@ -70,8 +74,9 @@ class HostWeights:
         largest = max((group.master.numel() for group in self._blocks), default=0)
         sizes = [group.master.numel() for group in self._blocks] if buffers is None else [largest] * buffers
         with made_for("weights"):
-            self._ring = [_Buffer(self._rest.master.new_empty(size, device=device)) for size in sizes]
-            self._rest.buffer = _Buffer(torch.empty_like(self._rest.master, device=device))
+            self._ring = [self._buffer(size) for size in sizes]
+            self._rest.buffer = self._buffer(self._rest.master.numel())
+        self._running: _Buffer | None = None
         if buffers is not None:
             for number, block in enumerate(blocks):
                 block.register_forward_pre_hook(self._before(number))
@@ -81,8 +86,8 @@ class HostWeights:
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Within the block the parameters are the masters; the device copies follow at its end."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).synchronize()
+        # A copy that nobody needed yet may still read the masters.
+        self._lane.finish()
         for buffer in self._ring:
             self._give_back(buffer)
         self._rest.point_at(self._rest.master)
@@ -93,30 +98,36 @@ class HostWeights:
 
     def _hosted(self, parameters: list[nn.Parameter]) -> _Group:
         """A group with its master made; the parameters are views of it from now on."""
+        count = sum(parameter.numel() for parameter in parameters)
         with torch.no_grad(), host_memory("weights"):
-            flat = torch.cat([parameter.detach().to("cpu").flatten() for parameter in parameters])
-            if self._stream is not None:
-                flat = flat.pin_memory()
-        group = _Group(parameters, flat)
-        group.point_at(flat)
+            group = _Group(parameters, pinned(count, parameters[0].detach(), self.device))
+            for parameter, part in zip(parameters, group.views(group.master), strict=True):
+                part.copy_(parameter)
+        group.point_at(group.master)
         return group
+
+    def _buffer(self, size: int) -> _Buffer:
+        return _Buffer(self._lane.device_memory(size, like=self._rest.master), read=self._lane.mark())
 
     def _refresh(self) -> None:
         """Copies what always is on the device anew."""
-        assert self._rest.buffer is not None
-        self._copy(self._rest, self._rest.buffer)
-        self._await(self._rest.buffer)
-        if not self._streamed:
-            for group, buffer in zip(self._blocks, self._ring, strict=True):
-                self._copy(group, buffer)
-                self._await(buffer)
+        groups = [self._rest] if self._streamed else [self._rest, *self._blocks]
+        buffers = [self._rest.buffer] if self._streamed else [self._rest.buffer, *self._ring]
+        for group, buffer in zip(groups, buffers, strict=True):
+            assert buffer is not None
+            buffer.read = self._lane.mark()
+            self._copy(group, buffer)
+            self._lane.need(buffer.arrived)
 
     def _before(self, number: int) -> Any:
         def load(*_: Any) -> None:
+            # Blocks run one after the other, forwards and backwards: the device has been given all of the last one.
+            if self._running is not None:
+                self._running.read = self._lane.mark()
             self._load(number)
-            buffer = self._blocks[number].buffer
-            assert buffer is not None
-            self._await(buffer)
+            self._running = self._blocks[number].buffer
+            assert self._running is not None
+            self._lane.need(self._running.arrived)
             # In a backward pass blocks are recomputed last first. A rollout's next step begins with the first.
             backward = torch._C._current_graph_task_id() != -1
             following = number - 1 if backward else (number + 1) % len(self._blocks)
@@ -141,21 +152,10 @@ class HostWeights:
             buffer.owner.buffer = None
             buffer.owner = None
 
-    @torch.no_grad()
     def _copy(self, group: _Group, buffer: _Buffer) -> None:
-        """Fills ``buffer`` with the group's weights; on a GPU after the work that still reads it, beside later work."""
+        """Fills ``buffer`` with the group's weights, once nothing reads it any more, beside other work."""
         note_traffic("to_device", group.master.nbytes)
         memory = buffer.memory[: group.master.numel()]
-        if self._stream is None:
-            memory.copy_(group.master)
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._stream):
-                memory.copy_(group.master, non_blocking=True)
-                buffer.arrived = self._stream.record_event()
+        buffer.arrived = self._lane.copy(memory, group.master, after=buffer.read)
         group.buffer, buffer.owner = buffer, group
         group.point_at(memory)
-
-    def _await(self, buffer: _Buffer) -> None:
-        if buffer.arrived is not None:
-            torch.cuda.current_stream(self._device).wait_event(buffer.arrived)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -18,7 +20,7 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def place(model: FlowModel, reward: RewardFn, config: MemoryConfig, device: torch.device) -> HostWeights | None:
+def place(model: FlowModel, reward: RewardFn | None, config: MemoryConfig, device: torch.device) -> HostWeights | None:
     """Moves ``model`` and ``reward`` to ``device``, or the weights that are trained to host memory.
 
     Returns what keeps the device's copies of host weights, None for weights on the device. Raises UserError for an
@@ -27,13 +29,28 @@ def place(model: FlowModel, reward: RewardFn, config: MemoryConfig, device: torc
     set_attention(model.transformer, config.attention, device, next(model.transformer.parameters()).dtype)
     prepare_model(model, config)
     model.device = device
-    for module in (model.decoder, reward):
-        if isinstance(module, nn.Module):
-            _move(module, device)
+    place_reward(reward, device)
+    if model.decoder is not None:
+        _move(model.decoder, device)
     if config.optimizer == "device":
         _move(model.transformer, device)
         return None
     return HostWeights(model.transformer, device, config.stream_buffers if config.weights == "streamed" else None)
+
+
+def place_for_sampling(model: FlowModel, config: MemoryConfig, device: torch.device) -> None:
+    """Moves ``model`` to ``device`` to make images without gradients; weights that stream go on streaming.
+
+    Raises UserError for an attention backend that does not work here.
+    """
+    residence = config if config.weights == "streamed" else replace(config, optimizer="device")
+    place(model, None, replace(residence, checkpointing="none", checkpoint_decoder=False), device)
+
+
+def place_reward(reward: RewardFn | None, device: torch.device) -> None:
+    """Moves a reward to ``device``, where it is a module."""
+    if isinstance(reward, nn.Module):
+        _move(reward, device)
 
 
 def _move(module: nn.Module, device: torch.device) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Literal, TypeVar
 
@@ -42,10 +42,22 @@ def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
         variable.reset(token)
 
 
+WATCH: ContextVar[Callable[[Stage], contextlib.AbstractContextManager[None]]] = ContextVar("leapalign_watch")
+"""Where set, entered around each stage: what measures them."""
+
+
 @contextlib.contextmanager
 def stage(name: Stage) -> Iterator[None]:
     """Names the part of a training iteration that runs in the block."""
-    with _set(STAGE, name):
+    watch = WATCH.get(None)
+    with _set(STAGE, name), watch(name) if watch else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def watched(watch: Callable[[Stage], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Has ``watch`` called for each stage that begins in the block."""
+    with _set(WATCH, watch):
         yield
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -34,6 +34,7 @@ from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage
 from leapalign.methods import get_method
 from leapalign.models import assembled
 from leapalign.models.folder import read_index
+from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.rewards.pickscore import ClipScorer
 from leapalign.trainer import Trainer
@@ -152,7 +153,7 @@ class _Tokens:
         return torch.ones_like(self.input_ids)
 
     def to(self, device: torch.device) -> _Tokens:
-        return self
+        return _Tokens(self.input_ids.to(device))
 
 
 @dataclasses.dataclass
@@ -173,7 +174,9 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     before = TRAFFIC.copy()
     with ledger, spectator:
-        trainer = _fake_trainer(config, mode, ledger)
+        parts = skeleton(config, mode)
+        _count_parts(ledger, parts)
+        trainer = skeleton_trainer(config, parts, torch.device("cpu"))
         parameters = [p for p in trainer.model.transformer.parameters() if p.requires_grad]
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(lambda p: _count_gradient(ledger, p))
@@ -209,31 +212,52 @@ def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:
         ledger.count(parameter.grad, role="gradients")
 
 
-def _fake_trainer(config: Config, mode: FakeTensorMode, ledger: StorageLedger) -> Trainer:
-    batch = min(config.rollout.batch_size, config.train.batch_size)
-    dtype: torch.dtype = getattr(torch, config.model.dtype)
+@dataclasses.dataclass(frozen=True)
+class Skeleton:
+    """A model and a reward of the sizes that a configuration names, and as many prompts as `ROLLOUTS` rollouts need."""
+
+    model: FlowModel
+    reward: ClipScorer
+    embeddings: Any
+    """As `leapalign.models.encode_prompts` returns them."""
+
+
+def skeleton(config: Config, making: contextlib.AbstractContextManager[Any]) -> Skeleton:
+    """Built from the configs alone, weights at random, on the tensors that the (reusable) context ``making`` makes.
+
+    Raises UserError where the model's configs cannot be read.
+    """
     folder = Path(KNOWN_MODELS.get(config.model.path, resolve(config.model.path)))
-    with mode, _default_dtype(dtype):
-        model = assembled(_Skeleton(str(folder)), config.model)
+    model = assembled(_Configs(str(folder), getattr(torch, config.model.dtype), making), config.model)
     reward_folder = Path(resolve(config.reward["path"])) if "path" in config.reward else REWARD
     clip = CLIPConfig.from_pretrained(reward_folder if reward_folder.is_dir() else REWARD)
-    with mode, _default_dtype(getattr(torch, config.reward.get("dtype", "float32"))):
+    with making, _default_dtype(getattr(torch, config.reward.get("dtype", "float32"))):
         scorer = CLIPModel(clip)
-    with mode:
+    with making:
         words = _Words(clip.text_config.max_position_embeddings)
         reward = ClipScorer(scorer, words, _Pictures(), "cosine")
-        size = ROLLOUTS * batch
+        size = ROLLOUTS * min(config.rollout.batch_size, config.train.batch_size)
         embeddings: Any = model.blank_embeddings(size, _longest_prompt(folder))
     if config.model.true_cfg_scale != 1:
         scale, batched = config.model.true_cfg_scale, config.model.true_cfg_batched
         embeddings = GuidedEmbeddings(embeddings, embeddings[:1], scale, batched)
-    decoder = model.decoder
-    ledger.count(*model.transformer.parameters(), *model.transformer.buffers(), role="weights")
-    ledger.count(*(decoder.parameters() if decoder else ()), *reward.parameters(), *reward.buffers(), role="reward")
-    ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())
+    return Skeleton(model, reward, embeddings)
+
+
+def skeleton_trainer(config: Config, parts: Skeleton, device: torch.device) -> Trainer:
+    """Of iterations of `ROLLOUTS` rollouts each."""
+    size = len(parts.embeddings)
     two_rollouts = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
-    method, device = get_method(**config.method), torch.device("cpu")
-    return Trainer.assembled(two_rollouts, model, ["a prompt"] * size, embeddings, reward, method, device)
+    method, prompts = get_method(**config.method), ["a prompt"] * size
+    return Trainer.assembled(two_rollouts, parts.model, prompts, parts.embeddings, parts.reward, method, device)
+
+
+def _count_parts(ledger: StorageLedger, parts: Skeleton) -> None:
+    transformer, decoder, reward = parts.model.transformer, parts.model.decoder, parts.reward
+    ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
+    ledger.count(*(decoder.parameters() if decoder else ()), *reward.parameters(), *reward.buffers(), role="reward")
+    embeddings = parts.embeddings
+    ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())
 
 
 def _longest_prompt(folder: Path) -> int | None:
@@ -246,21 +270,27 @@ def _longest_prompt(folder: Path) -> int | None:
 
 
 @dataclasses.dataclass
-class _Skeleton:
-    """Parts without weights, made from their configs."""
+class _Configs:
+    """Parts made from their configs alone, networks in ``dtype`` within the context ``making``."""
 
     path: str
+    dtype: torch.dtype
+    making: contextlib.AbstractContextManager[Any]
 
     def holds(self, name: str) -> bool:
         return bool(read_index(self.path).get(name, [None])[0])
 
     def part(self, kind: Any, name: str) -> Any:
         try:
-            return kind.from_config(kind.load_config(self.path, subfolder=name))
+            settings = kind.load_config(self.path, subfolder=name)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot read the config of the {name} in '{self.path}' ({brief(error)}); check model.path"
             ) from None
+        if not issubclass(kind, nn.Module):
+            return kind.from_config(settings)
+        with self.making, _default_dtype(self.dtype):
+            return kind.from_config(settings)
 
 
 @contextlib.contextmanager

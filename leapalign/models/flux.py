@@ -72,12 +72,12 @@ class FluxModel:
         yield _t5(load_pipeline(FluxPipeline, folder, ("text_encoder_2", "tokenizer_2"), dtype).to(device), dtype)
 
     def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
-        """Uninitialised embeddings of ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
+        """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
         config = self.transformer.config
         return PromptEmbeddings(
             {
-                "pooled": torch.empty(count, config.pooled_projection_dim),
-                "tokens": torch.empty(count, tokens or TEXT_TOKENS, config.joint_attention_dim),
+                "pooled": torch.zeros(count, config.pooled_projection_dim),
+                "tokens": torch.zeros(count, tokens or TEXT_TOKENS, config.joint_attention_dim),
             }
         )
 

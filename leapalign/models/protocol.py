@@ -43,7 +43,7 @@ class FlowModel(Protocol):
         ...
 
     def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
-        """Uninitialised embeddings of ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
+        """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
         ...
 
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:

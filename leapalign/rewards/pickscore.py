@@ -68,8 +68,9 @@ class ClipScorer(torch.nn.Module):
     def preprocess(self, images: Tensor) -> Tensor:
         """As the model's own image processor: short side to its size (bicubic, antialiased), centre crop, normalised.
 
-        Overshoot of the resize is clipped, as 8-bit pictures clip it, but keeps its gradient.
+        Overshoot of the resize is clipped, as 8-bit pictures clip it, but keeps its gradient. From any device.
         """
+        images = images.to(self.mean.device)
         height, width = images.shape[-2:]
         size = (int(height * self.side / min(height, width)), int(width * self.side / min(height, width)))
         images = to_unit_range(F.interpolate(images, size, mode="bicubic", antialias=True))

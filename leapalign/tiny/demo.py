@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from leapalign.config import Config
+from leapalign.config import Config, MemoryConfig
 from leapalign.embedded import FOLDER
+from leapalign.memory.placement import place, training_device
 from leapalign.models import encode_prompts, load_model
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.protocol import FlowModel
@@ -61,6 +62,7 @@ class HeldOut:
 def train_control(config: Config, seconds: float) -> FlowModel:
     """The base model trained on for ``seconds`` without a reward, same optimizer settings; its weight average."""
     model = load_model(config.model)
+    place(model, None, MemoryConfig(), training_device())
     parameters = list(model.transformer.parameters())
     optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed)
     texts = [prompt.text for prompt in all_prompts()]

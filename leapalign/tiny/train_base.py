@@ -106,6 +106,7 @@ def flow_matching_loss(
     data = pack_pixels(images)
     noise = torch.randn(data.shape, generator=generator)
     sigma = torch.sigmoid(0.8 + 1.1 * torch.randn(len(data), generator=generator))
+    data, noise, sigma = (values.to(model.device) for values in (data, noise, sigma))
     latents = torch.lerp(data, noise, sigma[:, None, None])
     velocity = model.velocity(latents, sigma, embeddings)
     return (velocity - (noise - data)).square().mean()
