@@ -11,7 +11,6 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.stochastic_rounding import CHANGES, Change, movement
 from leapalign.config import HOST_OPTIMIZERS, EmaConfig, OptimizerConfig
@@ -193,17 +192,3 @@ def test_restored_state_continues_to_the_bit(name: str, dtype: torch.dtype, ema:
             one.step()
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(optimizer.average.tensors, other.average.tensors, strict=True))
-
-
-def test_restored_moments_live_where_the_weights_do() -> None:
-    """A checkpoint is read into the CPU's memory, wherever the weights are."""
-    whole = parameters(torch.bfloat16)
-    optimizer = optimizer_of(whole, name="adamw_8bit")
-    saved, scalars = optimizer.tensors(), optimizer.scalars()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = [nn.Parameter(torch.empty_like(weight, device="cuda")) for weight in whole]
-        other = optimizer_of(fake, name="adamw_8bit")
-        other.load(saved, scalars, other.average.tensors)
-    for weight in fake:
-        places = {key: value.device.type for key, value in other.rule.state[weight].items()}
-        assert places == dict.fromkeys(places, "cuda") | {"step": "cpu"}
