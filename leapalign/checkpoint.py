@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from leapalign.models.lora import FILE as ADAPTER_FILE
+from leapalign.models.lora import has_adapter, read_adapter, save_adapter
 from leapalign.optim import Optimizer
 from leapalign.validation import UserError, brief
 
@@ -39,9 +41,9 @@ def save_checkpoint(run: Path, iteration: int, transformer: Any, optimizer: Opti
     for stale in (partial, final):
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
-    transformer.save_pretrained(partial / TRANSFORMER)
+    save_weights(transformer, partial / TRANSFORMER)
     with optimizer.averaged_weights():
-        transformer.save_pretrained(partial / AVERAGE)
+        save_weights(transformer, partial / AVERAGE)
     save_file(optimizer.tensors(), partial / "optimizer.safetensors")
     state = {"iteration": iteration, "optimizer": optimizer.scalars()}
     (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
@@ -56,11 +58,10 @@ def load_checkpoint(folder: Path, transformer: Any, optimizer: Optimizer) -> int
     """
     try:
         state = json.loads((folder / "state.json").read_text())
-        weights = read_weights(folder / TRANSFORMER)
         average = read_weights(folder / AVERAGE)
         tensors = load_file(folder / "optimizer.safetensors")
         with optimizer.changing_weights():
-            transformer.load_state_dict(weights)
+            load_weights(transformer, folder / TRANSFORMER)
         names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
         optimizer.load(tensors, state["optimizer"], [average[name] for name in names])
         return int(state["iteration"])
@@ -72,8 +73,29 @@ def load_checkpoint(folder: Path, transformer: Any, optimizer: Optimizer) -> int
         ) from None
 
 
+def save_weights(transformer: Any, folder: Path) -> None:
+    """What is trained, as diffusers reads it: the transformer, or its adapter."""
+    if has_adapter(transformer):
+        save_adapter(transformer, folder)
+    else:
+        transformer.save_pretrained(folder)
+
+
+def load_weights(transformer: Any, folder: Path) -> None:
+    """Sets what is trained to what `save_weights` wrote. Raises RuntimeError for weights of another model."""
+    values = read_weights(folder)
+    missing, unexpected = transformer.load_state_dict(values, strict=not has_adapter(transformer))
+    lost = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad} & set(missing)
+    if lost or unexpected:
+        raise RuntimeError(
+            f"its adapter has {sorted([*unexpected, *lost])[0]}, the model has not, or the other way round"
+        )
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files in ``folder``."""
+    """All tensors of the safetensors files in ``folder``, by the names of the transformer's parameters."""
+    if (folder / ADAPTER_FILE).exists():
+        return read_adapter(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no safetensors in {folder}")

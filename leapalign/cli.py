@@ -203,7 +203,7 @@ def _model_and_prompts(
     arguments: argparse.Namespace, overrides: list[str], given: list[str]
 ) -> tuple[Config, Any, list[str]]:
     """The config, the model (with the run's weight average, if one is named), and the prompts asked for."""
-    from leapalign.checkpoint import AVERAGE, latest_checkpoint, read_weights
+    from leapalign.checkpoint import AVERAGE, latest_checkpoint, load_weights
     from leapalign.embedded import resolve
     from leapalign.models import load_model
     from leapalign.prompts import read_prompts
@@ -215,7 +215,7 @@ def _model_and_prompts(
         checkpoint = latest_checkpoint(arguments.run)
         if checkpoint is None:
             raise UserError(f"'{arguments.run}' holds no checkpoint yet; let it train longer, or use --config")
-        model.transformer.load_state_dict(read_weights(checkpoint / AVERAGE))
+        load_weights(model.transformer, checkpoint / AVERAGE)
     return config, model, prompts
 
 

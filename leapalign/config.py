@@ -32,6 +32,10 @@ class ModelConfig:
     negative_prompt: str = ""
     true_cfg_batched: bool = True
     """Both velocities in one forward; false: one after the other, which halves the activations."""
+    lora_rank: NonNegativeInt = 0
+    """Trains adapters of this rank beside frozen weights; 0: all weights are trained."""
+    lora_targets: tuple[str, ...] = ()
+    """How the names of adapted linear layers end; empty: all in the blocks but for modulation."""
     height: PositiveInt = 32
     width: PositiveInt = 32
     """Image size in pixels."""
@@ -177,7 +181,9 @@ class Config:
                 "diagnostics.true_gradient_every needs gradients on the device; set it to 0, or memory.optimizer to "
                 "device"
             )
-        if memory.weights == "streamed" and memory.optimizer == "device":
+        if memory.optimizer == "host" and self.model.lora_rank:
+            raise ValueError("adapters are small enough for the device; set memory.optimizer to device")
+        if memory.weights == "streamed" and memory.optimizer == "device" and not self.model.lora_rank:
             raise ValueError("memory.weights streamed needs memory.optimizer host, where the weights live; set it")
         if memory.weights == "streamed" and (memory.checkpointing == "none" or memory.checkpoint_every != 1):
             raise ValueError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-NOISE_STREAM, INDEX_STREAM, CONTROL_STREAM, EVALUATION_STREAM, ROUNDING_STREAM, AVERAGE_STREAM = range(1, 7)
+NOISE_STREAM, INDEX_STREAM, CONTROL_STREAM, EVALUATION_STREAM, ROUNDING_STREAM, AVERAGE_STREAM, ADAPTER_STREAM = range(
+    1, 8
+)
 
 
 def seed_of(seed: int, stream: int, position: int) -> int:

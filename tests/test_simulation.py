@@ -28,7 +28,7 @@ def measured(config: Config) -> StorageLedger:
     with StorageLedger() as ledger:
         trainer = Trainer.from_config(config)
         # Files are read past PyTorch's operations; masters in host memory, and their copies, are not.
-        if config.memory.optimizer == "device":
+        if config.memory.optimizer == "device" and config.memory.weights == "resident":
             ledger.count(*trainer.model.transformer.parameters(), role="weights")
         ledger.count(*trainer.reward.parameters(), *trainer.reward.buffers(), role="reward")
         trainer.embeddings = trainer.embeddings[torch.arange(len(trainer.prompts))]

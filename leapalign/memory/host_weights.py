@@ -53,8 +53,8 @@ class HostWeights:
     buffers: device copies of so many blocks, filled in the order of use, one ahead; blocks must then be recomputed in
         the backward pass, which finds them in reverse order. None: copies of all blocks.
 
-    Blocks are the members of the model's module lists. Raises UserError for parameters of several dtypes, or shared
-    between blocks.
+    Where some weights are frozen, only these move. Blocks are the members of the model's module lists. Raises UserError
+    for parameters of several dtypes, or shared between blocks.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, buffers: int | None) -> None:
@@ -63,13 +63,19 @@ class HostWeights:
         self._lane = Lane(device)
         lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
         blocks = [block for members in lists for block in members]
-        inside = {parameter for block in blocks for parameter in block.parameters()}
-        outside = [parameter for parameter in model.parameters() if parameter not in inside]
-        if len({parameter.dtype for parameter in model.parameters()}) > 1:
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        held = dict.fromkeys(frozen or model.parameters())
+        for parameter in model.parameters():
+            if parameter not in held:
+                parameter.data = parameter.data.to(device)
+        of_blocks = [[parameter for parameter in block.parameters() if parameter in held] for block in blocks]
+        inside = {parameter for parameters in of_blocks for parameter in parameters}
+        outside = [parameter for parameter in held if parameter not in inside]
+        if len({parameter.dtype for parameter in held}) > 1:
             raise UserError("weights of several dtypes cannot be held in host memory; set memory.optimizer to device")
-        if sum(len(list(block.parameters())) for block in blocks) != len(inside):
+        if sum(map(len, of_blocks)) != len(inside):
             raise UserError("blocks that share weights cannot be held in host memory; set memory.optimizer to device")
-        self._blocks = [self._hosted(list(block.parameters())) for block in blocks]
+        self._blocks = [self._hosted(parameters) for parameters in of_blocks]
         self._rest = self._hosted(outside)
         largest = max((group.master.numel() for group in self._blocks), default=0)
         sizes = [group.master.numel() for group in self._blocks] if buffers is None else [largest] * buffers

@@ -32,10 +32,12 @@ def place(model: FlowModel, reward: RewardFn | None, config: MemoryConfig, devic
     place_reward(reward, device)
     if model.decoder is not None:
         _move(model.decoder, device)
-    if config.optimizer == "device":
+    if config.optimizer == "device" and config.weights == "resident":
         _move(model.transformer, device)
         return None
-    return HostWeights(model.transformer, device, config.stream_buffers if config.weights == "streamed" else None)
+    held = HostWeights(model.transformer, device, config.stream_buffers if config.weights == "streamed" else None)
+    # Frozen weights stream beside adapters that are trained on the device.
+    return held if config.optimizer == "host" else None
 
 
 def place_for_sampling(model: FlowModel, config: MemoryConfig, device: torch.device) -> None:

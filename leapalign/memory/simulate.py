@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage
 from leapalign.methods import get_method
 from leapalign.models import assembled
 from leapalign.models.folder import read_index
+from leapalign.models.lora import add_adapter
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.rewards.pickscore import ClipScorer
@@ -229,6 +231,10 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any]) -> 
     """
     folder = Path(KNOWN_MODELS.get(config.model.path, resolve(config.model.path)))
     model = assembled(_Configs(str(folder), getattr(torch, config.model.dtype), making), config.model)
+    if config.model.lora_rank:
+        # Peft moves adapters to the device of their layer. Fake ones are there, and cannot be moved.
+        with making, patch.object(nn.Module, "to", lambda module, *_, **__: module):
+            add_adapter(model.transformer, config.model)
     reward_folder = Path(resolve(config.reward["path"])) if "path" in config.reward else REWARD
     clip = CLIPConfig.from_pretrained(reward_folder if reward_folder.is_dir() else REWARD)
     with making, _default_dtype(getattr(torch, config.reward.get("dtype", "float32"))):

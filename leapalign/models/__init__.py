@@ -12,6 +12,7 @@ from leapalign.embedded import resolve
 from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.flux import FluxModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
+from leapalign.models.lora import add_adapter
 from leapalign.models.protocol import Family, FlowModel
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.validation import UserError
@@ -23,7 +24,10 @@ ENCODED_AT_ONCE = 64
 
 def load_model(config: ModelConfig) -> FlowModel:
     """The model that ``config`` names, with its weights. Raises UserError where it cannot be read."""
-    return assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
+    model = assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
+    if config.lora_rank:
+        add_adapter(model.transformer, config)
+    return model
 
 
 def assembled(parts: Parts, config: ModelConfig) -> FlowModel:
