@@ -27,6 +27,7 @@ from leapalign.reward_gradient import RewardFn
 from leapalign.rewards import get_reward
 from leapalign.rollout import sample_rollout
 from leapalign.streams import INDEX_STREAM, NOISE_STREAM, seed_of
+from leapalign.threshold import warn_of_threshold
 from leapalign.true_gradient import agreement
 from leapalign.validation import UserError
 
@@ -92,6 +93,8 @@ class Trainer:
         while self.iteration < self.config.train.iterations:
             started = time.perf_counter()
             metrics = self.train_one()
+            if self.iteration == 0:
+                warn_of_threshold(self.config.threshold, metrics["reward"], getattr(self.reward, "highest", None))
             self.iteration += 1
             seconds = time.perf_counter() - started
             last = self.iteration == self.config.train.iterations

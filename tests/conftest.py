@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -43,6 +44,15 @@ def _no_interpreter() -> str | None:
     return _triton.unavailable(torch.device("cpu"))
 
 
+def _no_open_clip() -> str | None:
+    """Ask that it can be imported: a torchvision for CUDA beside a PyTorch for CPUs breaks it."""
+    try:
+        importlib.import_module("open_clip")
+    except (ImportError, RuntimeError) as error:
+        return f"open_clip cannot be imported ({error})"
+    return None
+
+
 def _no_sanitizers() -> str | None:
     """Ask for what building the native core's tests takes: CMake, and a C++ compiler that links sanitizers."""
     if shutil.which("cmake") is None or shutil.which("ctest") is None:
@@ -62,6 +72,7 @@ SKIP_RULES: dict[str, Callable[[], str | None]] = {
     "hub": lambda: None if importlib.util.find_spec("kernels") else "Hugging Face's kernels package is not installed",
     "interpreter": _no_interpreter,
     "native": _native.unavailable,
+    "open_clip": _no_open_clip,
     "posix": lambda: None if os.name == "posix" else "not Linux or macOS",
     "sanitizers": _no_sanitizers,
     "triton": lambda: _triton.MISSING,

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
+from reward_cases import PIL_ROUNDING, smooth_images, to_pictures
 from transformers import CLIPImageProcessor, CLIPModel
 
 from leapalign.rewards import get_reward
@@ -26,26 +25,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def smooth_images(height: int, width: int) -> Tensor:
-    """Images like photographs: little detail at the scale of a pixel."""
-    return torch.nn.functional.interpolate(torch.rand(3, 3, 6, 6), (height, width), mode="bicubic").clamp(0, 1)
-
-
 @pytest.mark.parametrize("size", [(32, 32), (48, 32), (30, 50), (16, 16)])
 def test_score_is_transformers_own(folder: Path, size: tuple[int, int]) -> None:
     """The official path rounds to 8 bit and resizes with PIL: the two agree to that rounding."""
     images = smooth_images(*size)
     model, processor = CLIPModel.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder)
     reward = get_reward("pickscore", path=str(folder))
-    pictures = [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
-    pixels = processor(pictures, return_tensors="pt").pixel_values
+    pixels = processor(to_pictures(images), return_tensors="pt").pixel_values
     tokens = reward.tokenizer(PROMPTS, padding="max_length", return_tensors="pt")
     with torch.no_grad():
         official = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
         expected = (official.image_embeds * official.text_embeds).sum(-1)
-        # Rounded to 8 bit on the way in, after either pass of the resize, and once more where weights are fixed-point:
-        # four times 0.5/255, over the smallest std.
-        assert float((reward.preprocess(images) - pixels).abs().max()) <= 4 * 0.5 / 255 / 0.26
+        assert float((reward.preprocess(images) - pixels).abs().max()) <= PIL_ROUNDING
         torch.testing.assert_close(reward(images, PROMPTS), expected, atol=5e-3, rtol=0)
 
 

@@ -273,3 +273,20 @@ def test_too_few_steps_for_the_method_is_said_before_anything_is_written(parts: 
     with pytest.raises(UserError, match="index_range"):
         Trainer.from_config(config_of(parts, tmp_path / "run", "method={name: leapalign, index_range: [2, 9]}"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("threshold", "count"), [("1.0", 0), ("1.5", 1), ("-2", 1)])
+def test_a_run_warns_once_of_an_unsuitable_threshold(
+    parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, threshold: str, count: int
+) -> None:
+    trainer = train(config_of(parts, tmp_path, f"threshold={threshold}"))
+    assert trainer.iteration == 4
+    assert len([message for message in caplog.messages if message.startswith("threshold")]) == count
+
+
+def test_a_resumed_run_may_have_reached_its_threshold(
+    parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(config_of(parts, tmp_path, "train.iterations=2"))
+    train(config_of(parts, tmp_path, "threshold=-2"), resume=True)
+    assert not [message for message in caplog.messages if message.startswith("threshold")]

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
-from transformers import CLIPConfig, CLIPModel
 
 from leapalign import reward_gradient, surrogate
 from leapalign.config import Config
@@ -38,14 +37,12 @@ from leapalign.models.folder import read_index
 from leapalign.models.lora import add_adapter
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import GuidedEmbeddings
-from leapalign.rewards.pickscore import ClipScorer
+from leapalign.rewards import simulated_reward
 from leapalign.trainer import Trainer
 from leapalign.validation import UserError, brief
 
 SKELETONS = Path(__file__).parent / "skeletons"
 KNOWN_MODELS = {"black-forest-labs/FLUX.1-dev": SKELETONS / "flux1_dev"}
-REWARD = SKELETONS / "vit_h_14"
-"""A CLIP ViT-H/14, the size of HPSv2.1 and PickScore."""
 TEXT_TOKENS = 512
 """FLUX.1's length of a prompt; a model folder's tokenizer may say less."""
 ROLLOUTS = 2
@@ -136,36 +133,6 @@ class _Replay:
         return result
 
 
-@dataclasses.dataclass
-class _Words:
-    """Stands for a tokenizer: every prompt is as long as allowed."""
-
-    length: int
-
-    def __call__(self, prompts: Sequence[str], **_: Any) -> Any:
-        return _Tokens(torch.zeros(len(prompts), self.length, dtype=torch.int64))
-
-
-@dataclasses.dataclass
-class _Tokens:
-    input_ids: Tensor
-
-    @property
-    def attention_mask(self) -> Tensor:
-        return torch.ones_like(self.input_ids)
-
-    def to(self, device: torch.device) -> _Tokens:
-        return _Tokens(self.input_ids.to(device))
-
-
-@dataclasses.dataclass
-class _Pictures:
-    """Stands for an image processor."""
-
-    image_mean: Sequence[float] = (0.48, 0.46, 0.41)
-    image_std: Sequence[float] = (0.27, 0.26, 0.28)
-
-
 def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_one) -> Simulation:
     """Runs an iteration of ``config`` on fake tensors. Raises UserError where the model's configs cannot be read.
 
@@ -219,7 +186,7 @@ class Skeleton:
     """A model and a reward of the sizes that a configuration names, and as many prompts as `ROLLOUTS` rollouts need."""
 
     model: FlowModel
-    reward: ClipScorer
+    reward: Any
     embeddings: Any
     """As `leapalign.models.encode_prompts` returns them."""
 
@@ -235,13 +202,8 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any]) -> 
         # Peft moves adapters to the device of their layer. Fake ones are there, and cannot be moved.
         with making, patch.object(nn.Module, "to", lambda module, *_, **__: module):
             add_adapter(model.transformer, config.model)
-    reward_folder = Path(resolve(config.reward["path"])) if "path" in config.reward else REWARD
-    clip = CLIPConfig.from_pretrained(reward_folder if reward_folder.is_dir() else REWARD)
-    with making, _default_dtype(getattr(torch, config.reward.get("dtype", "float32"))):
-        scorer = CLIPModel(clip)
     with making:
-        words = _Words(clip.text_config.max_position_embeddings)
-        reward = ClipScorer(scorer, words, _Pictures(), "cosine")
+        reward = simulated_reward(**config.reward)
         size = ROLLOUTS * min(config.rollout.batch_size, config.train.batch_size)
         embeddings: Any = model.blank_embeddings(size, _longest_prompt(folder))
     if config.model.true_cfg_scale != 1:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from leapalign.rewards.pickscore import ClipScorer
+from leapalign.rewards.clip_scorer import ClipScorer
 from leapalign.tiny.disturbance import Disturbance, length, worth
 from leapalign.tiny.grades import grade
 from leapalign.tiny.judged_pool import JudgedPool

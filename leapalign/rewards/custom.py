@@ -1,0 +1,39 @@
+"""A reward of the user's own: any Python callable. Naming it is the only way to have a config run code."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from leapalign.reward_gradient import RewardFn
+from leapalign.validation import UserError, brief
+
+
+@dataclass(frozen=True)
+class Custom:
+    """``function``, as ``package.module:name``: ``(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``.
+
+    It must be differentiable in the images, sample by sample. A ``torch.nn.Module`` is moved to the device; an
+    attribute ``highest`` says what no score exceeds.
+    """
+
+    function: str
+
+    def load(self) -> RewardFn:
+        """The callable itself. Raises UserError where it cannot be imported or is none."""
+        module, separator, name = self.function.partition(":")
+        if not (module and separator and name):
+            raise UserError(f"reward.function '{self.function}' must read package.module:function")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except Exception as error:  # whatever the user's module raises
+            raise UserError(
+                f"cannot import reward.function '{self.function}' ({type(error).__name__}: {brief(error)}); correct "
+                "it, or put its folder on PYTHONPATH"
+            ) from None
+        if not callable(found):
+            raise UserError(
+                f"reward.function '{self.function}' is a {type(found).__name__}; name a function of (images, prompts)"
+            )
+        function: RewardFn = found
+        return function

@@ -1,0 +1,60 @@
+"""Fitting images as CLIP's transforms do; HPSv2's own is in test_hpsv2.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reward_cases import PIL_ROUNDING, SIZES, smooth_images, to_pictures
+from transformers import CLIPImageProcessor
+
+from leapalign.rewards.preprocessing import CLIP_MEAN, CLIP_STD, contain, cover, normalised, resize, unit_vectors
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cover_is_clip_s_transform(size: tuple[int, int]) -> None:
+    images = smooth_images(*size)
+    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    official = processor(to_pictures(images), return_tensors="pt").pixel_values
+    assert float((normalised(cover(images, 28)) - official).abs().max()) <= PIL_ROUNDING
+
+
+@pytest.mark.open_clip
+@pytest.mark.parametrize("size", SIZES)
+def test_cover_is_open_clip_s_transform(size: tuple[int, int]) -> None:
+    import open_clip
+
+    images = smooth_images(*size)
+    transform = open_clip.image_transform(28, False, CLIP_MEAN, CLIP_STD, resize_mode="shortest")
+    official = torch.stack([transform(picture) for picture in to_pictures(images)])
+    assert float((normalised(cover(images, 28)) - official).abs().max()) <= PIL_ROUNDING
+
+
+@pytest.mark.parametrize("size", [(60, 20), (20, 60)])
+def test_contain_centres_the_whole_image_on_black(size: tuple[int, int]) -> None:
+    fitted = contain(torch.ones(1, 3, *size), 12)
+    fitted = fitted if size[0] > size[1] else fitted.transpose(2, 3)
+    torch.testing.assert_close(fitted[..., 4:8], torch.ones(1, 3, 12, 4))
+    assert not fitted[..., :4].any()
+    assert not fitted[..., 8:].any()
+
+
+def test_a_very_long_image_keeps_a_row() -> None:
+    assert float(contain(torch.ones(1, 3, 400, 2), 8).sum()) == pytest.approx(3 * 8)
+
+
+def test_overshoot_is_clipped_but_keeps_its_gradient() -> None:
+    images = (torch.rand(1, 3, 24, 24) > 0.5).float().requires_grad_()
+    plain = torch.nn.functional.interpolate(images, (40, 40), mode="bicubic", antialias=True)
+    assert bool((plain < 0).any())
+    assert bool((plain > 1).any())
+    fitted = resize(images, 40, 40)
+    assert torch.equal(fitted, plain.clamp(0, 1))
+    weight = torch.randn_like(fitted)
+    found, expected = (torch.autograd.grad((out * weight).sum(), images)[0] for out in (fitted, plain))
+    assert torch.equal(found, expected)
+
+
+def test_unit_vectors_are_of_length_one_in_float32() -> None:
+    vectors = unit_vectors(torch.randn(5, 300, dtype=torch.bfloat16))
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(5))
