@@ -1,0 +1,52 @@
+"""Images as reward models want them, differentiably: what their own transforms do to 8-bit pictures, on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leapalign.reward_gradient import to_unit_range
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the pixels that OpenAI's CLIP was trained on; all its descendants use them."""
+
+
+def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """``images (B, 3, H, W)`` in [0, 1] at another size, antialiased as PIL does it.
+
+    Overshoot is clipped, as 8-bit pictures clip it, but keeps its gradient.
+    """
+    return to_unit_range(F.interpolate(images, (height, width), mode=mode, antialias=True))
+
+
+def cover(images: Tensor, side: int) -> Tensor:
+    """``(B, 3, side, side)``: short side to ``side``, then the centre of the long one (CLIP's transform)."""
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    images = resize(images, side * height // short, side * width // short)
+    top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
+    return images[..., top : top + side, left : left + side]
+
+
+def contain(images: Tensor, side: int) -> Tensor:
+    """``(B, 3, side, side)``: long side to ``side``, then black on both sides of the short one (HPSv2's transform)."""
+    scale = side / max(images.shape[-2:])
+    height, width = (max(1, round(size * scale)) for size in images.shape[-2:])
+    images = resize(images, height, width)
+    high, wide = side - images.shape[-2], side - images.shape[-1]
+    return F.pad(images, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
+
+
+def normalised(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+    """``(images - mean) / std``, channel by channel."""
+    shift, scale = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (images - shift) / scale
+
+
+def unit_vectors(features: Tensor) -> Tensor:
+    """``features (B, D)`` at length 1, in float32 or wider."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
