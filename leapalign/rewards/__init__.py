@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from leapalign.reward_gradient import RewardFn
+from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.pickscore import PickScore
 from leapalign.validation import UserError, did_you_mean, validated
 
-REWARDS: dict[str, type[Any]] = {"imagereward": ImageReward, "pickscore": PickScore}
+REWARDS: dict[str, type[Any]] = {
+    "hpsv3": HPSv3,
+    "imagereward": ImageReward,
+    "pickscore": PickScore,
+}
 
 
 def get_reward(name: str, **options: Any) -> RewardFn:
