@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from leapalign.rewards import get_reward
+from leapalign.rewards.hpsv3 import _fuse
 from leapalign.rewards.hpsv3_prompt import conversation
 from leapalign.validation import UserError
 
@@ -270,6 +271,20 @@ def test_layers_of_both_towers_are_recomputed(folder: Path, official: Official) 
     assert runs == {"vision": 2, "language": 3}
     score.sum().backward()
     assert runs == {"vision": 4, "language": 6}
+
+
+@pytest.mark.liger
+@pytest.mark.cuda
+def test_ligers_kernels_score_the_same(folder: Path, official: Official) -> None:
+    # Not in Triton's interpreter: it hands scalars over as Python's, on which Liger 0.8.5 calls `.to`.
+    plain, fused = load(folder), load(folder)
+    _fuse(fused.model)
+    images = smooth_images(64, 64, 1).to("cuda").requires_grad_()
+    scores, fused_scores = (reward.to("cuda")(images, PROMPTS[:1]) for reward in (plain, fused))
+    torch.testing.assert_close(fused_scores, scores, rtol=1e-4, atol=1e-5)
+    expected, gradient = (torch.autograd.grad(score, images)[0] for score in (scores, fused_scores))
+    assert not torch.equal(gradient, expected)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_bfloat16_scores_nearly_the_same_with_the_head_in_float32(folder: Path, official: Official) -> None:

@@ -168,7 +168,22 @@ def _head(width: int) -> nn.Sequential:
 
 
 def _fuse(model: Qwen2VLModel) -> None:
-    """Has norms and gated layers run as Liger's Triton kernels."""
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen2_vl
+    """Has norms and gated layers run as Liger's Triton kernels.
 
-    apply_liger_kernel_to_qwen2_vl(model=model, rope=False, fused_linear_cross_entropy=False)
+    Module by module: Liger's own patch of Qwen2-VL fails on transformers 5.23, and reaches models that are not ours.
+    """
+    from liger_kernel.transformers import functional as liger
+
+    def rms_norm(norm: Any, x: Tensor) -> Any:
+        return liger.liger_rms_norm(x, norm.weight, norm.variance_epsilon, in_place=False)
+
+    def layer_norm(norm: Any, x: Tensor) -> Any:
+        return liger.liger_layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+    def gated(mlp: Any, x: Tensor) -> Any:
+        return mlp.down_proj(liger.liger_swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+
+    fused = {"Qwen2VLRMSNorm": rms_norm, "LayerNorm": layer_norm, "Qwen2MLP": gated}
+    for module in model.modules():
+        if type(module).__name__ in fused:
+            module.forward = partial(fused[type(module).__name__], module)
