@@ -71,6 +71,7 @@ SKIP_RULES: dict[str, Callable[[], str | None]] = {
     "cuda": _no_cuda,
     "hub": lambda: None if importlib.util.find_spec("kernels") else "Hugging Face's kernels package is not installed",
     "interpreter": _no_interpreter,
+    "liger": lambda: None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed",
     "native": _native.unavailable,
     "open_clip": _no_open_clip,
     "posix": lambda: None if os.name == "posix" else "not Linux or macOS",

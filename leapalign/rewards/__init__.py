@@ -15,6 +15,8 @@ from leapalign.rewards.aesthetic import Aesthetic
 from leapalign.rewards.clipscore import CLIPScore
 from leapalign.rewards.custom import Custom
 from leapalign.rewards.hpsv2 import HPSv2
+from leapalign.rewards.hpsv3 import HPSv3
+from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.pickscore import PickScore
 from leapalign.rewards.simulated import VIT_H_14, simulated_clip
 from leapalign.validation import UserError, did_you_mean, validated
@@ -24,6 +26,8 @@ REWARDS: dict[str, type[Any]] = {
     "clipscore": CLIPScore,
     "custom": Custom,
     "hpsv2": HPSv2,
+    "hpsv3": HPSv3,
+    "imagereward": ImageReward,
     "pickscore": PickScore,
 }
 
