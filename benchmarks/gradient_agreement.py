@@ -26,6 +26,7 @@ from leapalign.method_gradient import Objective, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import encode_prompts, load_model
 from leapalign.models.velocity import PromptedVelocity
+from leapalign.reward_gradient import RewardTerm
 from leapalign.rewards import get_reward
 from leapalign.rollout import sample_rollout
 from leapalign.tiny.world import all_prompts, balanced_prompts
@@ -71,7 +72,10 @@ def compare(rollouts: int) -> Iterator[tuple[int, float, float, float]]:
     prompts = [prompt.text for prompt in balanced_prompts(all_prompts(), BATCH_SIZE * rollouts)]
     model = load_model(ModelConfig())
     embeddings = encode_prompts(ModelConfig(), prompts)
-    objective = Objective(model.decode, get_reward("pickscore", path="embedded:reward", scale="probability"), THRESHOLD)
+    objective = Objective(
+        model.decode,
+        [RewardTerm("pickscore", get_reward("pickscore", path="embedded:reward", scale="probability"), THRESHOLD)],
+    )
     parameters = list(model.transformer.parameters())
     sigmas = model.sigmas(NUM_STEPS)
     for number in range(rollouts):

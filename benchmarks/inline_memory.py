@@ -45,7 +45,7 @@ def inline_iteration(trainer: Trainer) -> None:
             v_j = velocity(scale_gradient(x_j, 0.3), sigmas[j])
             x_end, d_end = leap_update(x_j, v_j, sigmas[j], torch.zeros(size), target=rollout.latents[-1])
             with made_for("reward"):
-                scores = trainer.reward(to_unit_range(trainer.model.decode(x_end)), ["a prompt"] * size)
+                scores = trainer.rewards[0].reward(to_unit_range(trainer.model.decode(x_end)), ["a prompt"] * size)
             loss, _ = consistency_weighted_loss(scores, (d_j, d_end), config.threshold, 0.1)
             loss.backward()
         del x_k, target, x_j, v_j, x_end, scores, loss, d_j, d_end

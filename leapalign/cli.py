@@ -180,11 +180,11 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     from leapalign.memory.placement import place_reward, training_device
     from leapalign.models import encode_prompts, load_model
     from leapalign.report import text_table
-    from leapalign.rewards import get_reward
+    from leapalign.rewards import reward_terms
     from leapalign.statistics import mean_interval
 
     config, model, prompts = _model_and_prompts(arguments, overrides, [])
-    reward, embeddings = get_reward(**config.reward), encode_prompts(config.model, prompts)
+    reward, embeddings = reward_terms(config)[0].reward, encode_prompts(config.model, prompts)
     place_reward(reward, training_device())
     arms = {"base": load_model(config.model), "run": model} if arguments.run else {"base": model}
     scores = {}

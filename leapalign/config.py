@@ -149,8 +149,13 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     method: dict[str, Any] = field(default_factory=lambda: {"name": "leapalign"})
     """``name`` and the method's own options."""
-    reward: dict[str, Any] = field(default_factory=lambda: {"name": "pickscore", "path": "embedded:reward"})
-    """``name`` and the reward's own options."""
+    reward: dict[str, Any] | list[dict[str, Any]] = field(
+        default_factory=lambda: {"name": "pickscore", "path": "embedded:reward"}
+    )
+    """``name`` and the reward's own options; or several of these, each with a ``weight`` (default 1) and a
+    ``threshold`` (default ``threshold``)."""
+    equal_reward_gradients: bool = False
+    """Of several rewards, scale each one's gradient, image by image, to the norm of the first one's."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -166,9 +171,14 @@ class Config:
                 f"{self.rollout.batch_size}"
             )
         self._check_memory()
-        for section in ("method", "reward"):
-            if "name" not in getattr(self, section):
+        for section, values in (("method", [self.method]), ("reward", self.rewards)):
+            if not values or any("name" not in one for one in values):
                 raise ValueError(f"'{section}.name' is missing; add it")
+
+    @property
+    def rewards(self) -> list[dict[str, Any]]:
+        """The one reward, or all."""
+        return self.reward if isinstance(self.reward, list) else [self.reward]
 
     def _check_memory(self) -> None:
         memory = self.memory

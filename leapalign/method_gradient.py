@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from leapalign.memory.residency import made_for, stage
 from leapalign.methods import Method
-from leapalign.reward_gradient import RewardFn, RewardGradient, reward_gradient
+from leapalign.reward_gradient import RewardGradient, RewardTerm, reward_gradient
 from leapalign.rollout import Rollout, per_sample
 from leapalign.surrogate import ConditionedVelocity, GradientSink, surrogate_backward
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What images are worth: ``reward`` of what ``decode`` makes of latents, up to ``threshold``.
+    """What images are worth: the rewards in ``terms`` of what ``decode`` makes of latents.
 
-    chunk: most images decoded and rewarded at once with gradient; None: all.
+    chunk: most images decoded and rewarded at once with gradient; None: all. equal_gradients: scales the gradient of
+    every reward, image by image, to the norm of the first one's, so that weights say what each contributes.
     """
 
     decode: Callable[[Tensor], Tensor]
-    reward: RewardFn
-    threshold: float
+    terms: Sequence[RewardTerm]
     chunk: int | None = None
+    equal_gradients: bool = False
 
-    def score(self, latents: Tensor, prompts: Sequence[str]) -> RewardGradient:
-        """Rewards of ``latents (N, ...)`` and their gradients; latent n was made for ``prompts[n % B]``."""
+    def score(self, latents: Tensor, prompts: Sequence[str]) -> list[RewardGradient]:
+        """Each term's rewards of ``latents (N, ...)`` and their gradients; latent n was made for ``prompts[n % B]``."""
         repeated = [prompts[n % len(prompts)] for n in range(len(latents))]
         with stage("reward"), made_for("reward"):
-            return reward_gradient(self.decode, self.reward, latents, repeated, self.chunk)
+            scored = [reward_gradient(self.decode, term.reward, latents, repeated, self.chunk) for term in self.terms]
+            return [replace(one, gradient=self._scaled(one, scored[0])) for one in scored]
 
     def true_gradient(self, rollout: Rollout, prompts: Sequence[str]) -> Tensor:
-        """Gradient ``(B, ...)`` of the unweighted mean hinge loss at the generated latents."""
-        scored = self.score(rollout.latents[-1], prompts)
-        factor = -(scored.rewards < self.threshold).to(scored.gradient) / len(prompts)
-        return per_sample(factor, scored.gradient) * scored.gradient
+        """Gradient ``(B, ...)`` of the unweighted mean hinge losses at the generated latents."""
+        total = torch.zeros_like(rollout.latents[-1])
+        for term, scored in zip(self.terms, self.score(rollout.latents[-1], prompts), strict=True):
+            factor = -term.weight * (scored.rewards < term.threshold).to(scored.gradient) / len(prompts)
+            total += per_sample(factor, scored.gradient) * scored.gradient
+        return total
+
+    def _scaled(self, scored: RewardGradient, first: RewardGradient) -> Tensor:
+        if not self.equal_gradients or scored is first:
+            return scored.gradient
+        ratio = _norms(first.gradient) / _norms(scored.gradient).clamp(min=torch.finfo(torch.float32).tiny)
+        return per_sample(ratio, scored.gradient) * scored.gradient
 
 
 def draw_several(
@@ -68,36 +79,63 @@ def method_backward(
 
     indices: of one draw, or of several `joined`; the gradient is the mean over all columns.
 
-    Returns metrics as tensors, an entry a column: ``reward``, ``loss``, ``hinge_closed``, the method's diagnostics,
+    Returns metrics as tensors, an entry a column: ``reward``, ``loss`` and ``hinge_closed``, the method's diagnostics,
     ``gradient_term_R`` (the norm of row R's cotangent) and ``discount_R`` (what its input's gradient was multiplied
-    by).
+    by). Of several rewards the first two are weighted sums and the third is a mean; each has its own, too, as
+    ``reward_NAME``, and ``reward_gradient_NAME``, the norm of its part of the gradient at the rewarded latents.
     """
     trajectory = method.trajectory(rollout, velocity, **indices)
     if trajectory is not rollout:
         velocity = velocity.select(torch.arange(trajectory.batch_size) % len(prompts))
     plan = method.plan(trajectory.sigmas, **indices)
-    scored = objective.score(method.reward_latents(trajectory, **indices), prompts)
+    all_scored = objective.score(method.reward_latents(trajectory, **indices), prompts)
     # Columns that reward the same latents share one gradient.
-    rewarded = torch.arange(plan.index.shape[1]) % len(scored.rewards)
-    reward, gradient = scored.rewards[rewarded].requires_grad_(), scored.gradient[rewarded]
-    loss, diagnostics = method.loss(reward, objective.threshold, trajectory, **indices)
-    (loss_gradient,) = torch.autograd.grad(share * loss, reward)
+    rewarded = torch.arange(plan.index.shape[1]) % len(all_scored[0].rewards)
+    parts, found = [], []
+    for term, scored in zip(objective.terms, all_scored, strict=True):
+        reward, gradient = scored.rewards[rewarded].requires_grad_(), scored.gradient[rewarded]
+        loss, diagnostics = method.loss(reward, term.threshold, trajectory, **indices)
+        (loss_gradient,) = torch.autograd.grad(share * term.weight * loss, reward)
+        parts.append(per_sample(loss_gradient, gradient) * gradient)
+        found.append(
+            {
+                "reward": reward.detach(),
+                "loss": loss.detach().view(1),
+                "hinge_closed": (reward.detach() >= term.threshold).float(),
+                "reward_gradient": _norms(parts[-1]) / share,
+            }
+        )
     discount = torch.zeros(plan.index.shape)
     with stage("surrogate"):
         terms = surrogate_backward(
             plan,
             trajectory,
             velocity,
-            per_sample(loss_gradient, gradient) * gradient,
+            reduce(torch.add, parts),
             microbatch=microbatch,
             gradient_sink=gradient_sink,
             applied_discount=discount,
         )
     return {
-        "reward": reward.detach(),
-        "loss": loss.detach().view(1),
-        "hinge_closed": (reward.detach() >= objective.threshold).float(),
+        **_of_all(objective.terms, found),
         **diagnostics,
         **{f"gradient_term_{row}": norms for row, norms in enumerate(terms)},
         **{f"discount_{row}": discount[row] for row in range(1, len(terms)) if plan.discount[row] != 0},
     }
+
+
+def _of_all(terms: Sequence[RewardTerm], found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Metrics of the objective from those of its terms, and these by name where there are several."""
+    weights = [term.weight for term in terms]
+    total = {
+        name: reduce(torch.add, [weight * one[name] for weight, one in zip(weights, found, strict=True)])
+        for name in ("reward", "loss")
+    }
+    total["hinge_closed"] = reduce(torch.add, [one["hinge_closed"] for one in found]) / len(found)
+    single = {f"{key}_{term.name}": value for term, one in zip(terms, found, strict=True) for key, value in one.items()}
+    return total | (single if len(terms) > 1 else {})
+
+
+def _norms(gradient: Tensor) -> Tensor:
+    """Of each sample, ``(B,)`` float32."""
+    return gradient.flatten(1).float().norm(dim=1)

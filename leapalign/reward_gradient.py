@@ -13,6 +13,16 @@ RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
+class RewardTerm:
+    """One reward of an objective: its part of the loss is ``weight`` times the method's, up to ``threshold``."""
+
+    name: str
+    reward: RewardFn
+    threshold: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class RewardGradient:
     """rewards: ``(B,)``; gradient: ``(B, ...)``, each sample's ``d reward_b / d latents_b``; images: decoded, in
     [0, 1], ``(B, 3, H, W)``."""

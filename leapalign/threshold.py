@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+
+from leapalign.reward_gradient import RewardTerm
 
 _log = logging.getLogger("leapalign")
+
+
+def warn_of_thresholds(terms: Sequence[RewardTerm], metrics: Mapping[str, float]) -> None:
+    """Warns where a mean reward of the first batch, in ``metrics``, has reached its threshold, or nothing can."""
+    for term in terms:
+        mean = metrics[f"reward_{term.name}" if len(terms) > 1 else "reward"]
+        warn_of_threshold(term.threshold, mean, getattr(term.reward, "highest", None))
 
 
 def warn_of_threshold(threshold: float, mean: float, highest: float | None) -> None:

@@ -23,11 +23,11 @@ from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity
 from leapalign.optim import Optimizer
 from leapalign.prompts import PromptOrder, read_prompts
-from leapalign.reward_gradient import RewardFn
-from leapalign.rewards import get_reward
+from leapalign.reward_gradient import RewardTerm
+from leapalign.rewards import reward_terms
 from leapalign.rollout import sample_rollout
 from leapalign.streams import INDEX_STREAM, NOISE_STREAM, seed_of
-from leapalign.threshold import warn_of_threshold
+from leapalign.threshold import warn_of_thresholds
 from leapalign.true_gradient import agreement
 from leapalign.validation import UserError
 
@@ -43,7 +43,7 @@ class Trainer:
     model: FlowModel
     prompts: list[str]
     embeddings: Any
-    reward: RewardFn
+    rewards: list[RewardTerm]
     method: Method
     optimizer: Optimizer
     iteration: int = 0
@@ -57,7 +57,7 @@ class Trainer:
         """Reads and checks every file the config names. Raises UserError before any long work."""
         method = get_method(**config.method)
         prompts = read_prompts(Path(resolve(config.prompts.path)))
-        reward = get_reward(**config.reward)
+        rewards = reward_terms(config)
         model = load_model(config.model)
         steps = config.rollout.num_steps
         try:
@@ -65,7 +65,7 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
         embeddings = encode_prompts(config.model, prompts)
-        return cls.assembled(config, model, prompts, embeddings, reward, method, training_device())
+        return cls.assembled(config, model, prompts, embeddings, rewards, method, training_device())
 
     @classmethod
     def assembled(
@@ -74,15 +74,15 @@ class Trainer:
         model: FlowModel,
         prompts: list[str],
         embeddings: Any,
-        reward: RewardFn,
+        rewards: list[RewardTerm],
         method: Method,
         device: torch.device,
     ) -> Trainer:
         """Puts the parts where ``config`` says, with the optimizer that it names."""
-        weights = place(model, reward, config.memory, device)
+        weights = place(model, [term.reward for term in rewards], config.memory, device)
         parameters = [p for p in model.transformer.parameters() if p.requires_grad]
         optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights)
-        return cls(config, model, prompts, embeddings, reward, method, optimizer)
+        return cls(config, model, prompts, embeddings, rewards, method, optimizer)
 
     def resume(self, checkpoint: Path) -> None:
         """Continues after ``checkpoint``. Raises UserError where it cannot be read."""
@@ -94,7 +94,7 @@ class Trainer:
             started = time.perf_counter()
             metrics = self.train_one()
             if self.iteration == 0:
-                warn_of_threshold(self.config.threshold, metrics["reward"], getattr(self.reward, "highest", None))
+                warn_of_thresholds(self.rewards, metrics)
             self.iteration += 1
             seconds = time.perf_counter() - started
             last = self.iteration == self.config.train.iterations
@@ -138,7 +138,7 @@ class Trainer:
         noise = self.model.draw_noise([seed_of(config.seed, NOISE_STREAM, position) for position in positions])
         with stage("rollout"):
             rollout = sample_rollout(velocity, noise, self.model.sigmas(config.rollout.num_steps))
-        objective = Objective(self.model.decode, self.reward, config.threshold, config.train.reward_chunk)
+        objective = Objective(self.model.decode, self.rewards, config.train.reward_chunk, config.equal_reward_gradients)
         microbatch = config.train.microbatch
         metrics = method_backward(
             self.method,

@@ -30,7 +30,8 @@ def measured(config: Config) -> StorageLedger:
         # Files are read past PyTorch's operations; masters in host memory, and their copies, are not.
         if config.memory.optimizer == "device" and config.memory.weights == "resident":
             ledger.count(*trainer.model.transformer.parameters(), role="weights")
-        ledger.count(*trainer.reward.parameters(), *trainer.reward.buffers(), role="reward")
+        for term in trainer.rewards:
+            ledger.count(*term.reward.parameters(), *term.reward.buffers(), role="reward")
         trainer.embeddings = trainer.embeddings[torch.arange(len(trainer.prompts))]
         ledger.exclude(*trainer.embeddings.tensors())
         trainer.train_one()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,8 +21,10 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def place(model: FlowModel, reward: RewardFn | None, config: MemoryConfig, device: torch.device) -> HostWeights | None:
-    """Moves ``model`` and ``reward`` to ``device``, or the weights that are trained to host memory.
+def place(
+    model: FlowModel, rewards: Sequence[RewardFn], config: MemoryConfig, device: torch.device
+) -> HostWeights | None:
+    """Moves ``model`` and ``rewards`` to ``device``, or the weights that are trained to host memory.
 
     Returns what keeps the device's copies of host weights, None for weights on the device. Raises UserError for an
     attention backend that does not work here, and for models that cannot recompute blocks.
@@ -29,7 +32,8 @@ def place(model: FlowModel, reward: RewardFn | None, config: MemoryConfig, devic
     set_attention(model.transformer, config.attention, device, next(model.transformer.parameters()).dtype)
     prepare_model(model, config)
     model.device = device
-    place_reward(reward, device)
+    for reward in rewards:
+        place_reward(reward, device)
     if model.decoder is not None:
         _move(model.decoder, device)
     if config.optimizer == "device" and config.weights == "resident":
@@ -46,10 +50,10 @@ def place_for_sampling(model: FlowModel, config: MemoryConfig, device: torch.dev
     Raises UserError for an attention backend that does not work here.
     """
     residence = config if config.weights == "streamed" else replace(config, optimizer="device")
-    place(model, None, replace(residence, checkpointing="none", checkpoint_decoder=False), device)
+    place(model, (), replace(residence, checkpointing="none", checkpoint_decoder=False), device)
 
 
-def place_reward(reward: RewardFn | None, device: torch.device) -> None:
+def place_reward(reward: RewardFn, device: torch.device) -> None:
     """Moves a reward to ``device``, where it is a module."""
     if isinstance(reward, nn.Module):
         _move(reward, device)

@@ -37,7 +37,8 @@ from leapalign.models.folder import read_index
 from leapalign.models.lora import add_adapter
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import GuidedEmbeddings
-from leapalign.rewards import simulated_reward
+from leapalign.reward_gradient import RewardTerm
+from leapalign.rewards import reward_terms, simulated_reward
 from leapalign.trainer import Trainer
 from leapalign.validation import UserError, brief
 
@@ -186,7 +187,7 @@ class Skeleton:
     """A model and a reward of the sizes that a configuration names, and as many prompts as `ROLLOUTS` rollouts need."""
 
     model: FlowModel
-    reward: Any
+    rewards: list[RewardTerm]
     embeddings: Any
     """As `leapalign.models.encode_prompts` returns them."""
 
@@ -203,13 +204,13 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any]) -> 
         with making, patch.object(nn.Module, "to", lambda module, *_, **__: module):
             add_adapter(model.transformer, config.model)
     with making:
-        reward = simulated_reward(**config.reward)
+        rewards = reward_terms(config, simulated_reward)
         size = ROLLOUTS * min(config.rollout.batch_size, config.train.batch_size)
         embeddings: Any = model.blank_embeddings(size, _longest_prompt(folder))
     if config.model.true_cfg_scale != 1:
         scale, batched = config.model.true_cfg_scale, config.model.true_cfg_batched
         embeddings = GuidedEmbeddings(embeddings, embeddings[:1], scale, batched)
-    return Skeleton(model, reward, embeddings)
+    return Skeleton(model, rewards, embeddings)
 
 
 def skeleton_trainer(config: Config, parts: Skeleton, device: torch.device) -> Trainer:
@@ -217,13 +218,15 @@ def skeleton_trainer(config: Config, parts: Skeleton, device: torch.device) -> T
     size = len(parts.embeddings)
     two_rollouts = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
     method, prompts = get_method(**config.method), ["a prompt"] * size
-    return Trainer.assembled(two_rollouts, parts.model, prompts, parts.embeddings, parts.reward, method, device)
+    return Trainer.assembled(two_rollouts, parts.model, prompts, parts.embeddings, parts.rewards, method, device)
 
 
 def _count_parts(ledger: StorageLedger, parts: Skeleton) -> None:
-    transformer, decoder, reward = parts.model.transformer, parts.model.decoder, parts.reward
+    transformer, frozen = parts.model.transformer, [parts.model.decoder, *(term.reward for term in parts.rewards)]
     ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
-    ledger.count(*(decoder.parameters() if decoder else ()), *reward.parameters(), *reward.buffers(), role="reward")
+    for module in frozen:
+        if isinstance(module, nn.Module):
+            ledger.count(*module.parameters(), *module.buffers(), role="reward")
     embeddings = parts.embeddings
     ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())
 

@@ -5,12 +5,16 @@ A loaded reward may have an attribute ``highest``, a score that no image exceeds
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import nn
 from transformers import CLIPConfig
 
-from leapalign.reward_gradient import RewardFn
+from leapalign.config import Config, PositiveFloat
+from leapalign.reward_gradient import RewardFn, RewardTerm
 from leapalign.rewards.aesthetic import Aesthetic
 from leapalign.rewards.clipscore import CLIPScore
 from leapalign.rewards.custom import Custom
@@ -35,6 +39,27 @@ REWARDS: dict[str, type[Any]] = {
 def get_reward(name: str, **options: Any) -> RewardFn:
     """The reward called ``name``, loaded. Raises UserError for an unknown name or option, or missing weights."""
     return _settings(name, options).load()
+
+
+def reward_terms(config: Config, make: Callable[..., RewardFn] = get_reward) -> list[RewardTerm]:
+    """The rewards of ``config``, made by ``make(name, **options)``, with their thresholds and weights.
+
+    Of several called the same, the second is called NAME_2. Raises UserError as `get_reward`.
+    """
+    terms: list[RewardTerm] = []
+    for number, settings in enumerate(config.rewards):
+        options = {"threshold": config.threshold, "weight": 1.0, **settings}
+        said = validated(_Share, {key: options.pop(key) for key in ("threshold", "weight")}, "reward")
+        same = sum(other["name"] == settings["name"] for other in config.rewards[:number])
+        name = f"{settings['name']}_{same + 1}" if same else settings["name"]
+        terms.append(RewardTerm(name, make(**options), said.threshold, said.weight))
+    return terms
+
+
+@dataclass(frozen=True)
+class _Share:
+    threshold: Annotated[float, Field(allow_inf_nan=False)]
+    weight: PositiveFloat
 
 
 def simulated_reward(name: str, **options: Any) -> nn.Module:

@@ -62,7 +62,7 @@ class HeldOut:
 def train_control(config: Config, seconds: float) -> FlowModel:
     """The base model trained on for ``seconds`` without a reward, same optimizer settings; its weight average."""
     model = load_model(config.model)
-    place(model, None, MemoryConfig(), training_device())
+    place(model, (), MemoryConfig(), training_device())
     parameters = list(model.transformer.parameters())
     optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed)
     texts = [prompt.text for prompt in all_prompts()]
@@ -82,7 +82,7 @@ def train_control(config: Config, seconds: float) -> FlowModel:
 def run_demo(config: Config, run: Callable[[Trainer], float]) -> Comparison:
     """Evaluates before and after training with ``run``, which returns its seconds, and after an equal-time control."""
     trainer = Trainer.from_config(config)
-    held_out = HeldOut.load(config, trainer.reward)
+    held_out = HeldOut.load(config, trainer.rewards[0].reward)
     before = held_out.evaluate(trainer.model)
     seconds = run(trainer)
     with trainer.optimizer.averaged_weights():
