@@ -32,6 +32,8 @@ class ModelConfig:
     negative_prompt: str = ""
     true_cfg_batched: bool = True
     """Both velocities in one forward; false: one after the other, which halves the activations."""
+    compile: bool = False
+    """Compile the transformer's repeated blocks: minutes at first, faster afterwards."""
     lora_rank: NonNegativeInt = 0
     """Trains adapters of this rank beside frozen weights; 0: all weights are trained."""
     lora_targets: tuple[str, ...] = ()
@@ -195,6 +197,8 @@ class Config:
             raise ValueError("adapters are small enough for the device; set memory.optimizer to device")
         if memory.weights == "streamed" and memory.optimizer == "device" and not self.model.lora_rank:
             raise ValueError("memory.weights streamed needs memory.optimizer host, where the weights live; set it")
+        if memory.weights == "streamed" and self.model.compile:
+            raise ValueError("compiled blocks cannot be streamed; set model.compile to false")
         if memory.weights == "streamed" and (memory.checkpointing == "none" or memory.checkpoint_every != 1):
             raise ValueError(
                 "memory.weights streamed needs every block recomputed; set memory.checkpointing to blocks and "

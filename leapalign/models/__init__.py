@@ -27,7 +27,16 @@ def load_model(config: ModelConfig) -> FlowModel:
     model = assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
     if config.lora_rank:
         add_adapter(model.transformer, config)
+    if config.compile:
+        compile_blocks(model.transformer)
     return model
+
+
+def compile_blocks(transformer: Any) -> None:
+    """Compiles blocks that repeat, each kind once, when they first run. Raises UserError where the class names none."""
+    if not getattr(transformer, "_repeated_blocks", None):
+        raise UserError(f"{type(transformer).__name__} does not say which blocks repeat; set model.compile to false")
+    transformer.compile_repeated_blocks()
 
 
 def assembled(parts: Parts, config: ModelConfig) -> FlowModel:

@@ -31,9 +31,17 @@ class GuidedEmbeddings:
     def __getitem__(self, samples: Tensor | slice) -> GuidedEmbeddings:
         return replace(self, prompts=self.prompts[samples])
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> GuidedEmbeddings:
+        """As `PromptEmbeddings.to`."""
+        return replace(self, prompts=self.prompts.to(device, dtype), negative=self.negative.to(device, dtype))
+
 
 def prompted_velocity(model: FlowModel, embeddings: Any) -> ConditionedVelocity:
-    """The velocity of ``model`` for the prompts of a batch, guided where their embeddings are."""
+    """The velocity of ``model`` for the prompts of a batch, guided where their embeddings are.
+
+    They go to where the model computes, once.
+    """
+    embeddings = embeddings.to(model.device, next(model.transformer.parameters()).dtype)
     if isinstance(embeddings, GuidedEmbeddings):
         return GuidedVelocity(model, embeddings)
     return PromptedVelocity(model, embeddings)
