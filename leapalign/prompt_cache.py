@@ -156,7 +156,8 @@ class PromptCache:
             try:
                 found.update(hashes_in(shard))
             except UserError:
-                shard.unlink()
+                with self._writing():
+                    shard.unlink()
         return found
 
     def row_shapes(self, encoder: int) -> dict[str, list[int]]:
