@@ -1,4 +1,4 @@
-"""The command line: ``leapalign demo | train | generate | evaluate | memory | doctor | kernels``."""
+"""The command line: ``leapalign demo | train | generate | evaluate | cache | memory | doctor | kernels``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 OVERRIDES = "any config key can follow as section.key=value"
 KERNELS = "kernels"  # everything behind this word belongs to leap_kernels
+PROMPT_CACHE = "runs/prompt_cache"
 DEMO_CONFIG = Path(__file__).parent / "tiny" / "demo.yaml"
 
 
@@ -52,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--prompts", type=Path, help="prompt file, default the config's")
         command.add_argument("--seed", type=int, default=0, help="noise seed of the first image")
 
+    cache = commands.add_parser("cache", help="encode prompts once, for prompts.cache", epilog=OVERRIDES)
+    cache.add_argument("--config", type=Path, required=True, help="YAML file naming the model")
+    cache.add_argument("--prompts", type=Path, help="prompt file, default the config's")
+    cache.add_argument("--output", type=Path, help=f"folder, default the config's prompts.cache or {PROMPT_CACHE}")
+    cache.set_defaults(execute=cache_command)
+
     memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
     memory.add_argument("--config", type=Path, required=True, help="YAML file, see configs/flux1_dev")
     memory.add_argument("--gpu-memory", default="80GiB", help="what has to suffice, such as 24GiB")
@@ -63,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     commands.add_parser(KERNELS, help="list, explain, bench, audit or export the kernels", add_help=False)
 
-    for command in (demo, train, evaluate, memory, doctor):
+    for command in (demo, train, evaluate, cache, memory, doctor):
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -162,11 +169,11 @@ def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config
 
 
 def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from leapalign.models import encode_prompts
     from leapalign.pictures import image_grid, to_picture
+    from leapalign.prompt_cache import embeddings_of
 
     config, model, prompts = _model_and_prompts(arguments, overrides, arguments.prompt)
-    images = _generate(config, model, encode_prompts(config.model, prompts), arguments.seed)
+    images = _generate(config, model, embeddings_of(config, prompts), arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
         to_picture(image, config.model.width).save(arguments.output / f"{number:05d}.png")
@@ -178,13 +185,14 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     import torch
 
     from leapalign.memory.placement import place_reward, training_device
-    from leapalign.models import encode_prompts, load_model
+    from leapalign.models import load_model
+    from leapalign.prompt_cache import embeddings_of
     from leapalign.report import text_table
     from leapalign.rewards import reward_terms
     from leapalign.statistics import mean_interval
 
     config, model, prompts = _model_and_prompts(arguments, overrides, [])
-    reward, embeddings = reward_terms(config)[0].reward, encode_prompts(config.model, prompts)
+    reward, embeddings = reward_terms(config)[0].reward, embeddings_of(config, prompts)
     place_reward(reward, training_device())
     arms = {"base": load_model(config.model), "run": model} if arguments.run else {"base": model}
     scores = {}
@@ -226,6 +234,22 @@ def _generate(config: Config, model: Any, embeddings: Any, seed: int) -> Any:
     place_for_sampling(model, config.memory, training_device())
     seeds = range(seed, seed + len(embeddings))
     return generate(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
+
+
+def cache_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.config import load_config
+    from leapalign.embedded import resolve
+    from leapalign.fill_cache import fill_cache
+    from leapalign.memory.placement import training_device
+
+    config = load_config(arguments.config, overrides)
+    path = Path(arguments.prompts or resolve(config.prompts.path))
+    folder = Path(arguments.output or config.prompts.cache or PROMPT_CACHE)
+    result = fill_cache(folder, config.model, path, training_device())
+    print("{encoded} prompts encoded, {reused} reused, in {seconds:.1f} s".format(**result))
+    print(f"{result['bytes'] / 2**20:,.1f} MiB in {folder}; train with prompts.cache={folder}")
+    if arguments.json:
+        print(json.dumps({**result, "cache": str(folder)}))
 
 
 def memory_command(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -46,7 +46,10 @@ class ModelConfig:
 @dataclass(frozen=True)
 class PromptsConfig:
     path: str = "embedded:training_prompts.txt"
-    """Text file with one prompt a line, or JSON lines with a ``prompt`` key."""
+    """Text file with one prompt a line, JSON lines with a ``prompt`` key, parquet file or dataset folder with a
+    ``prompt`` column."""
+    cache: str | None = None
+    """Folder that ``leapalign cache`` filled: embeddings come from there, and no text encoder is loaded."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from leapalign.memory.placement import place, training_device
 from leapalign.memory.residency import stage
 from leapalign.method_gradient import Objective, draw_several, joined, method_backward
 from leapalign.methods import Method, get_method
-from leapalign.models import encode_prompts, load_model
+from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity
 from leapalign.optim import Optimizer
+from leapalign.prompt_cache import embeddings_of
 from leapalign.prompts import PromptOrder, read_prompts
 from leapalign.reward_gradient import RewardTerm
 from leapalign.rewards import reward_terms
@@ -64,7 +65,7 @@ class Trainer:
             method.plan(model.sigmas(steps), **method.draw(steps, 1, torch.Generator()))
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
-        embeddings = encode_prompts(config.model, prompts)
+        embeddings = embeddings_of(config, prompts)
         return cls.assembled(config, model, prompts, embeddings, rewards, method, training_device())
 
     @classmethod

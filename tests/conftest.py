@@ -39,6 +39,11 @@ def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
+def _no_data() -> str | None:
+    missing = [name for name in ("pyarrow", "datasets") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed" if missing else None
+
+
 def _no_interpreter() -> str | None:
     """Ask for Triton on CPU tensors; a process either interprets or compiles."""
     return _triton.unavailable(torch.device("cpu"))
@@ -69,12 +74,14 @@ def _no_sanitizers() -> str | None:
 SKIP_RULES: dict[str, Callable[[], str | None]] = {
     "bitsandbytes": _no_bitsandbytes,
     "cuda": _no_cuda,
+    "data": _no_data,
     "hub": lambda: None if importlib.util.find_spec("kernels") else "Hugging Face's kernels package is not installed",
     "interpreter": _no_interpreter,
     "liger": lambda: None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed",
     "native": _native.unavailable,
     "open_clip": _no_open_clip,
     "posix": lambda: None if os.name == "posix" else "not Linux or macOS",
+    "prompt_files": lambda: None if os.environ.get("LEAPALIGN_PROMPT_FILES") else "LEAPALIGN_PROMPT_FILES is not set",
     "sanitizers": _no_sanitizers,
     "triton": lambda: _triton.MISSING,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from leapalign.models.flux import FluxModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
 from leapalign.models.lora import add_adapter
 from leapalign.models.protocol import Family, FlowModel
+from leapalign.models.text_encoders import TextEncoder
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.validation import UserError
 
 FAMILIES: dict[str, Family] = {"FluxPipeline": FluxModel}
 """By the class of pipeline in a model's ``model_index.json``."""
-ENCODED_AT_ONCE = 64
+ENCODED_AT_ONCE = 16
+"""Prompts; T5 attends over 512 tokens each, 1 GiB of float32 scores a layer for 16."""
 
 
 def load_model(config: ModelConfig) -> FlowModel:
@@ -58,19 +60,46 @@ def encode_prompts(config: ModelConfig, prompts: Sequence[str]) -> Any:
     With those of the negative prompt, where ``config`` asks for classifier-free guidance. Raises UserError where
     there are no text encoders.
     """
-    guided = config.true_cfg_scale != 1
-    embeddings = _encoded(config, [*prompts, config.negative_prompt] if guided else prompts)
-    if not guided:
-        return embeddings
-    return GuidedEmbeddings(embeddings[:-1], embeddings[-1:], config.true_cfg_scale, config.true_cfg_batched)
+    embeddings = _encoded(config, [*prompts, *negative_prompts(config)])
+    return guided(config, embeddings[: len(prompts)], embeddings[len(prompts) :])
+
+
+def negative_prompts(config: ModelConfig) -> list[str]:
+    """The prompt that classifier-free guidance steers away from; none where ``config`` does not ask for guidance."""
+    return [config.negative_prompt] if config.true_cfg_scale != 1 else []
+
+
+def guided(config: ModelConfig, prompts: Any, negative: Any) -> Any:
+    """Embeddings of prompts, with those of `negative_prompts` where there are any."""
+    if config.true_cfg_scale == 1:
+        return prompts
+    return GuidedEmbeddings(prompts, negative[:], config.true_cfg_scale, config.true_cfg_batched)
+
+
+def text_encoders(config: ModelConfig, device: torch.device) -> Iterator[TextEncoder]:
+    """One after the other, on ``device``: in bfloat16 on a GPU, in the model's dtype on a CPU.
+
+    Raises UserError where there are none.
+    """
+    path = resolve(config.path)
+    yield from family_of(path).text_encoders(path, device, text_dtype(config, device))
+
+
+def text_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """What text encoders compute in on ``device``."""
+    return torch.bfloat16 if device.type == "cuda" else getattr(torch, config.dtype)
 
 
 @torch.no_grad()
+def encoded(encode: TextEncoder, prompts: Sequence[str]) -> PromptEmbeddings:
+    """What ``encode`` makes of ``prompts``, in host memory."""
+    batches = [prompts[start : start + ENCODED_AT_ONCE] for start in range(0, len(prompts), ENCODED_AT_ONCE)]
+    return joined([PromptEmbeddings(encode(batch)).to(torch.device("cpu")) for batch in batches])
+
+
 def _encoded(config: ModelConfig, prompts: Sequence[str]) -> PromptEmbeddings:
-    path = resolve(config.path)
     parts: dict[str, torch.Tensor] = {}
-    for encode in family_of(path).text_encoders(path, torch.device("cpu"), torch.float32):
-        batches = [prompts[start : start + ENCODED_AT_ONCE] for start in range(0, len(prompts), ENCODED_AT_ONCE)]
-        parts |= joined([PromptEmbeddings(encode(batch)) for batch in batches]).parts
+    for encode in text_encoders(config, torch.device("cpu")):
+        parts |= encoded(encode, prompts).parts
         del encode  # or two encoders would be there at once
     return PromptEmbeddings(parts)

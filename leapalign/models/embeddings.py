@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,23 @@ class PromptEmbeddings:
         """These, then those of ``other``."""
         return joined([self, other])
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeddings:
-        """On ``device``, and what is no count or mask in ``dtype``."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> PromptEmbeddings:
+        """On ``device``, and what is no count or mask in ``dtype`` (None: as it is)."""
         return PromptEmbeddings(
             {name: part.to(device, dtype if part.is_floating_point() else None) for name, part in self.parts.items()}
         )
 
 
 def joined(embeddings: Sequence[PromptEmbeddings]) -> PromptEmbeddings:
-    """All prompts of ``embeddings``, one after the other."""
-    return PromptEmbeddings({name: torch.cat([one.parts[name] for one in embeddings]) for name in embeddings[0].parts})
+    """All prompts of ``embeddings``, one after the other; shorter ones are padded with zeros, as their mask is."""
+    return PromptEmbeddings(
+        {name: torch.cat(_of_one_length([one.parts[name] for one in embeddings])) for name in embeddings[0].parts}
+    )
+
+
+def _of_one_length(parts: list[Tensor]) -> list[Tensor]:
+    """``parts (B, L, ...)``, padded to the longest ``L``; others, of a number each, are as they are."""
+    if parts[0].dim() == 1:
+        return parts
+    longest = max(part.shape[1] for part in parts)
+    return [pad(part, (*(0, 0) * (part.dim() - 2), 0, longest - part.shape[1])) for part in parts]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,31 @@ from leapalign.validation import UserError, brief
 
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 """Some parts of the embeddings of prompts, see `leapalign.models.embeddings.PromptEmbeddings`."""
+
+
+SAMPLES, SAMPLE_BYTES = 64, 4096
+"""Of a large file `fingerprint` reads so many blocks, evenly spaced, of so many bytes."""
+
+
+def fingerprint(folder: str) -> str | None:
+    """sha256 over the configs, tokenizers and (sampled) weights of the text encoders in ``folder``.
+
+    None where they are not all there: deleted after their work, or in the hub's cache.
+    """
+    index = read_index(folder)
+    names = [name for name, found in index.items() if name.startswith(("text_encoder", "tokenizer")) and found[0]]
+    parts = [Path(folder) / name for name in sorted(names)]
+    if not all(part.is_dir() for part in parts):
+        return None
+    digest = hashlib.sha256()
+    for path in (path for part in parts for path in sorted(part.rglob("*")) if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def load_pipeline(kind: Any, folder: str, parts: Sequence[str], dtype: torch.dtype) -> Any:
