@@ -43,6 +43,7 @@ from leapalign.validation import UserError, brief
 SKELETONS = Path(__file__).parent / "skeletons"
 KNOWN_MODELS = {
     "black-forest-labs/FLUX.1-dev": SKELETONS / "flux1_dev",
+    "Qwen/Qwen-Image": SKELETONS / "qwen_image",
     "stabilityai/stable-diffusion-3.5-large": SKELETONS / "stable_diffusion_3_5_large",
 }
 REWARD = SKELETONS / "vit_h_14"

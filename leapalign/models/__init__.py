@@ -13,12 +13,14 @@ from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.flux import FluxModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
 from leapalign.models.protocol import Family, FlowModel
+from leapalign.models.qwen_image import QwenImageModel
 from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.validation import UserError
 
 FAMILIES: dict[str, Family] = {
     "FluxPipeline": FluxModel,
+    "QwenImagePipeline": QwenImageModel,
     "StableDiffusion3Pipeline": StableDiffusion3Model,
 }
 """By the class of pipeline in a model's ``model_index.json``."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -37,5 +38,15 @@ class PromptEmbeddings:
 
 
 def joined(embeddings: Sequence[PromptEmbeddings]) -> PromptEmbeddings:
-    """All prompts of ``embeddings``, one after the other."""
-    return PromptEmbeddings({name: torch.cat([one.parts[name] for one in embeddings]) for name in embeddings[0].parts})
+    """All prompts of ``embeddings``, one after the other.
+
+    Those of fewer tokens than others (dimension 1) get zeros behind, which in a mask say that there is nothing.
+    """
+    return PromptEmbeddings({name: _stacked([one.parts[name] for one in embeddings]) for name in embeddings[0].parts})
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].dim() < 2:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1])) for part in parts])
