@@ -7,9 +7,9 @@ Connectors pin every forward value of the surrogate to the rollout, so its graph
     q_r = J_x(v_r)^T u_r            (parameter gradients come out of the same backward)
     lam = lam + discount_r * q_r
 
-which gives exactly the gradients of the in-line graph (LeapAlign, arXiv 2604.15311, eq. 4-10). Where
-``velocity = sum_i weight_i branch_i`` (classifier-free guidance), so is its vector-Jacobian product, and one branch's
-graph is alive at a time.
+which gives exactly the gradients of the in-line graph (LeapAlign, arXiv 2604.15311, eq. 4-10). Where a velocity
+combines several branches (classifier-free guidance), each gets its share of ``u_r``, and one branch's graph is alive at
+a time.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class ConditionedVelocity(Protocol):
 
 @runtime_checkable
 class BranchedVelocity(ConditionedVelocity, Protocol):
-    """A weighted sum of velocities that are differentiated one after the other."""
+    """A combination of velocities that are differentiated one after the other."""
 
-    def branches(self) -> Sequence[tuple[float, VelocityFn]]:
-        """Pairs of weight and velocity; their weighted sum is the velocity."""
+    def branches(self, latents: Tensor, sigma: Tensor, cotangent: Tensor) -> Sequence[tuple[VelocityFn, Tensor]]:
+        """Velocities and their cotangents, whose vector-Jacobian products add up to that of the combination."""
         ...
 
 
@@ -213,8 +213,10 @@ def _velocity_vjp(
 ) -> Tensor | None:
     """Backward through ``velocity_fn``, branch by branch; returns ``J_x^T cotangent`` where ``needs_input``."""
     latents = latents.detach().requires_grad_(needs_input)
-    branches = velocity_fn.branches() if isinstance(velocity_fn, BranchedVelocity) else [(1.0, velocity_fn)]
-    for weight, branch in branches:
+    branches: Sequence[tuple[VelocityFn, Tensor]] = [(velocity_fn, cotangent)]
+    if isinstance(velocity_fn, BranchedVelocity):
+        branches = velocity_fn.branches(latents, sigma, cotangent)
+    for branch, share in branches:
         with torch.enable_grad():
             velocity = branch(latents, sigma)
         hooks = []
@@ -222,7 +224,7 @@ def _velocity_vjp(
             parameters = [leaf for leaf in _leaves(velocity) if leaf is not latents]
             hooks = [p.register_post_accumulate_grad_hook(_hand_over(gradient_sink)) for p in parameters]
         try:
-            torch.autograd.backward(velocity, (weight * cotangent).to(velocity.dtype))
+            torch.autograd.backward(velocity, share.to(velocity.dtype))
         finally:
             for hook in hooks:
                 hook.remove()

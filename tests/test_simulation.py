@@ -29,7 +29,8 @@ def measured(config: Config) -> StorageLedger:
         trainer = Trainer.from_config(config)
         # Files are read past PyTorch's operations; masters in host memory, and their copies, are not.
         if config.memory.optimizer == "device" and config.memory.weights == "resident":
-            ledger.count(*trainer.model.transformer.parameters(), role="weights")
+            transformer = trainer.model.transformer
+            ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
         for term in trainer.rewards:
             ledger.count(*term.reward.parameters(), *term.reward.buffers(), role="reward")
         trainer.embeddings = trainer.embeddings[torch.arange(len(trainer.prompts))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -21,8 +22,10 @@ def set_attention(model: Any, wanted: str, device: torch.device, dtype: torch.dt
 
     Returns its name. Raises UserError where the one asked for does not work.
     """
+    # Models that take a mask of the prompts' tokens hand it on to their attention.
+    masked = "encoder_hidden_states_mask" in inspect.signature(model.forward).parameters
     for name in PREFERRED if wanted == "auto" else (wanted,):
-        problem = _problem(name, device, dtype)
+        problem = _problem(name, device, dtype, masked)
         if problem is None:
             model.set_attention_backend(name)
             _log.info("attention runs on '%s'", name)
@@ -34,13 +37,14 @@ def set_attention(model: Any, wanted: str, device: torch.device, dtype: torch.dt
 
 
 @torch.enable_grad()
-def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run attention and its backward pass; None if it can."""
+def _problem(name: str, device: torch.device, dtype: torch.dtype, masked: bool) -> str | None:
+    """Why a backend cannot run attention, with a mask if ``masked``, and its backward pass; None if it can."""
     if name not in {backend.value for backend in AttentionBackendName}:
         return "diffusers knows no such backend"
     query, key, value = (torch.randn(1, 16, 2, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.ones(1, 1, 1, 16, device=device, dtype=torch.bool) if masked else None
     try:
-        dispatch_attention_fn(query, key, value, backend=AttentionBackendName(name)).sum().backward()
+        dispatch_attention_fn(query, key, value, attn_mask=mask, backend=AttentionBackendName(name)).sum().backward()
     except Exception as error:  # whatever third-party kernels raise
         return brief(error)
     return None

@@ -43,7 +43,11 @@ from leapalign.trainer import Trainer
 from leapalign.validation import UserError, brief
 
 SKELETONS = Path(__file__).parent / "skeletons"
-KNOWN_MODELS = {"black-forest-labs/FLUX.1-dev": SKELETONS / "flux1_dev"}
+KNOWN_MODELS = {
+    "black-forest-labs/FLUX.1-dev": SKELETONS / "flux1_dev",
+    "Qwen/Qwen-Image": SKELETONS / "qwen_image",
+    "stabilityai/stable-diffusion-3.5-large": SKELETONS / "stable_diffusion_3_5_large",
+}
 TEXT_TOKENS = 512
 """FLUX.1's length of a prompt; a model folder's tokenizer may say less."""
 ROLLOUTS = 2
@@ -233,7 +237,7 @@ def _count_parts(ledger: StorageLedger, parts: Skeleton) -> None:
 
 def _longest_prompt(folder: Path) -> int | None:
     """What the tokenizer of the embeddings allows; None where it does not say, or lies elsewhere."""
-    for name in ("tokenizer_2", "tokenizer"):
+    for name in ("tokenizer_3", "tokenizer_2", "tokenizer"):
         with contextlib.suppress(OSError):
             length = json.loads((folder / name / "tokenizer_config.json").read_text()).get("model_max_length")
             return int(length) if length and length < TEXT_TOKENS else None
@@ -261,7 +265,18 @@ class _Configs:
         if not issubclass(kind, nn.Module):
             return kind.from_config(settings)
         with self.making, _default_dtype(self.dtype):
-            return kind.from_config(settings)
+            network = kind.from_config(settings)
+            _cast_saved_buffers(network, self.dtype)
+        return network
+
+
+def _cast_saved_buffers(network: nn.Module, dtype: torch.dtype) -> None:
+    """As reading them from a file would: some models make theirs in float32, whatever the default."""
+    saved = network.state_dict(keep_vars=True)
+    for prefix, module in network.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name in saved and buffer.is_floating_point():
+                setattr(module, name.rpartition(".")[2], buffer.to(dtype))
 
 
 @contextlib.contextmanager

@@ -14,11 +14,17 @@ from leapalign.models.flux import FluxModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
 from leapalign.models.lora import add_adapter
 from leapalign.models.protocol import Family, FlowModel
+from leapalign.models.qwen_image import QwenImageModel
+from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
 from leapalign.models.text_encoders import TextEncoder
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.validation import UserError
 
-FAMILIES: dict[str, Family] = {"FluxPipeline": FluxModel}
+FAMILIES: dict[str, Family] = {
+    "FluxPipeline": FluxModel,
+    "QwenImagePipeline": QwenImageModel,
+    "StableDiffusion3Pipeline": StableDiffusion3Model,
+}
 """By the class of pipeline in a model's ``model_index.json``."""
 ENCODED_AT_ONCE = 16
 """Prompts; T5 attends over 512 tokens each, 1 GiB of float32 scores a layer for 16."""

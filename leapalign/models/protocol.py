@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -60,4 +60,13 @@ class FlowModel(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)``, about [0, 1], differentiable."""
+        ...
+
+
+@runtime_checkable
+class GuidingModel(FlowModel, Protocol):
+    """A model whose classifier-free guidance is no weighted sum of two velocities."""
+
+    def guide(self, prompt: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """The guided velocity for those of the prompt and of the negative prompt, all ``(B, ...)``."""
         ...

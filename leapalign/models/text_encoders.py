@@ -44,7 +44,11 @@ def fingerprint(folder: str) -> str | None:
 
 def load_pipeline(kind: Any, folder: str, parts: Sequence[str], dtype: torch.dtype) -> Any:
     """The diffusers pipeline ``kind`` with nothing but ``parts``. Raises UserError where they cannot be read."""
-    absent = {name: None for name, found in read_index(folder).items() if isinstance(found, list) and name not in parts}
+    index = {name: found for name, found in read_index(folder).items() if isinstance(found, list)}
+    missing = [name for name in parts if not index.get(name, [None])[0]]
+    if missing:
+        raise UserError(f"'{folder}' has no {missing[0]}, which prompts are encoded with; check model.path")
+    absent = {name: None for name in index if name not in parts}
     try:
         return kind.from_pretrained(folder, torch_dtype=dtype, **absent)
     except (OSError, ValueError) as error:

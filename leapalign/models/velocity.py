@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leapalign.models.protocol import FlowModel
+from leapalign.models.protocol import FlowModel, GuidingModel
 from leapalign.rollout import VelocityFn
 from leapalign.surrogate import ConditionedVelocity
 
@@ -17,7 +17,8 @@ from leapalign.surrogate import ConditionedVelocity
 class GuidedEmbeddings:
     """Embeddings of prompts, and the one of the negative prompt that guidance steers away from.
 
-    ``velocity = negative + scale (prompt - negative)``; ``batched``: both in one forward, else one after the other.
+    ``velocity = negative + scale (prompt - negative)``, unless the model is a `GuidingModel`; ``batched``: both in one
+    forward, else one after the other.
     """
 
     prompts: Any
@@ -69,18 +70,34 @@ class GuidedVelocity:
     embeddings: GuidedEmbeddings
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        prompt, negative = self._both(latents, sigma)
-        return negative + self.embeddings.scale * (prompt - negative)
+        return self._combined(*self._both(latents, sigma))
 
     def select(self, samples: Tensor) -> GuidedVelocity:
         return GuidedVelocity(self.model, self.embeddings[samples])
 
-    def branches(self) -> list[tuple[float, VelocityFn]]:
-        """The two velocities with their weights, or the combined one where a forward holds both anyway."""
-        scale = self.embeddings.scale
+    def branches(self, latents: Tensor, sigma: Tensor, cotangent: Tensor) -> list[tuple[VelocityFn, Tensor]]:
+        """The two velocities and what each gets of ``cotangent``, or the combined one where one forward holds both.
+
+        Where the model combines them otherwise than linearly, what they get depends on their values: two more forwards.
+        """
         if self.embeddings.batched:
-            return [(1.0, self)]
-        return [(scale, self._prompt), (1 - scale, self._negative)]
+            return [(self, cotangent)]
+        if not isinstance(self.model, GuidingModel):
+            scale = self.embeddings.scale
+            return [(self._prompt, scale * cotangent), (self._negative, (1 - scale) * cotangent)]
+        with torch.no_grad():
+            values = self._both(latents, sigma)
+        with torch.enable_grad():
+            prompt, negative = (value.detach().requires_grad_() for value in values)
+            combined = self._combined(prompt, negative)
+        shares = torch.autograd.grad(combined, (prompt, negative), cotangent.to(combined.dtype))
+        return list(zip((self._prompt, self._negative), shares, strict=True))
+
+    def _combined(self, prompt: Tensor, negative: Tensor) -> Tensor:
+        scale = self.embeddings.scale
+        if isinstance(self.model, GuidingModel):
+            return self.model.guide(prompt, negative, scale)
+        return negative + scale * (prompt - negative)
 
     def _both(self, latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         if not self.embeddings.batched:

@@ -1,0 +1,139 @@
+"""Qwen-Image: packed latents, prompts of different lengths under a mask, and guidance that keeps a velocity's norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from torch import Tensor
+
+from leapalign.config import ModelConfig
+from leapalign.models.embeddings import PromptEmbeddings
+from leapalign.models.folder import Parts
+from leapalign.models.text_encoders import TextEncoder, load_pipeline
+from leapalign.validation import UserError
+
+TEXT_TOKENS = 512
+"""Longest prompt, in tokens, as the pipeline has it."""
+
+
+class QwenImageModel:
+    """One Qwen-Image model for images of ``height x width`` pixels.
+
+    Latents are packed, ``(B, tokens, channels)``, as the transformer takes them. Raises UserError for a size that does
+    not divide into tokens.
+    """
+
+    def __init__(
+        self,
+        transformer: QwenImageTransformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKLQwenImage,
+        height: int,
+        width: int,
+    ) -> None:
+        self.transformer = transformer.eval()
+        self.scheduler = scheduler
+        # Trained through, never itself.
+        self.decoder = vae.eval().requires_grad_(False)
+        self.device = torch.device("cpu")
+        # 2x2 latents make a token.
+        pixels_per_token = 2 * 2 ** len(vae.config.temperal_downsample)
+        if height % pixels_per_token or width % pixels_per_token:
+            raise UserError(f"model.height {height} and model.width {width} must be multiples of {pixels_per_token}")
+        self.rows, self.columns = height // pixels_per_token, width // pixels_per_token
+
+    @classmethod
+    def assemble(cls, parts: Parts, config: ModelConfig) -> QwenImageModel:
+        """The model of ``parts``. Raises UserError where one cannot be read."""
+        return cls(
+            parts.part(QwenImageTransformer2DModel, "transformer"),
+            parts.part(FlowMatchEulerDiscreteScheduler, "scheduler"),
+            parts.part(AutoencoderKLQwenImage, "vae"),
+            config.height,
+            config.width,
+        )
+
+    @staticmethod
+    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+        """Qwen2.5-VL's, for ``tokens (B, L, D)`` and ``mask (B, L)`` bool, true where a prompt has a token."""
+        yield _qwen(load_pipeline(QwenImagePipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device))
+
+    def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
+        """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
+        length = tokens or TEXT_TOKENS
+        width = self.transformer.config.joint_attention_dim
+        return PromptEmbeddings(
+            {"tokens": torch.zeros(count, length, width), "mask": torch.ones(count, length, dtype=torch.bool)}
+        )
+
+    def draw_noise(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal latents, one seed an image: ``(len(seeds), tokens, channels)`` float32."""
+        shape = (self.rows * self.columns, self.transformer.config.in_channels)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self.device)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The scheduler's noise levels ``(num_steps + 1,)`` for this resolution, ending at 0."""
+        config = self.scheduler.config
+        shift = calculate_shift(
+            self.rows * self.columns,
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps), mu=shift)
+        return self.scheduler.sigmas.clone()
+
+    def velocity(self, latents: Tensor, sigma: Tensor, embeddings: PromptEmbeddings) -> Tensor:
+        """``latents (B, tokens, channels)``, per-sample ``sigma (B,)`` -> velocity of the same shape."""
+        device, dtype = latents.device, self.transformer.dtype
+        mask = embeddings.parts["mask"]
+        steps = self.scheduler.config.num_train_timesteps
+        return self.transformer(
+            hidden_states=latents.to(dtype),
+            # There and back, as the pipeline does: it rounds.
+            timestep=sigma.to(device) * steps / steps,
+            encoder_hidden_states=embeddings.parts["tokens"].to(device, dtype),
+            # Fewer attention kernels take a mask.
+            encoder_hidden_states_mask=None if bool(mask.all()) else mask.to(device),
+            img_shapes=[[(1, self.rows, self.columns)]] * len(latents),
+            return_dict=False,
+        )[0]
+
+    def guide(self, prompt: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """``negative + scale (prompt - negative)``, each token of it as long as that of ``prompt``."""
+        combined = negative + scale * (prompt - negative)
+        return combined * (prompt.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Packed latents to images ``(B, 3, H, W)``; about [0, 1], not clamped."""
+        vae = self.decoder
+        unpacked = QwenImagePipeline._unpack_latents(latents, 2 * self.rows, 2 * self.columns, vae_scale_factor=1)
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        scaled = (unpacked * std + mean).to(vae.dtype)
+        # Not `vae.decode`, which clamps images, and has no gradient where it does; and which keeps features of a
+        # video's past frames, where recomputation would find them changed. For one frame the rest is the same.
+        pixels = vae.decoder(vae.post_quant_conv(scaled))[:, :, 0].to(latents.dtype)
+        return pixels / 2 + 0.5
+
+
+def _qwen(pipeline: Any) -> TextEncoder:
+    def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokens, mask = pipeline._get_qwen_prompt_embeds(list(prompts))
+        return {"tokens": tokens[:, :TEXT_TOKENS], "mask": mask[:, :TEXT_TOKENS].bool()}
+
+    return encode

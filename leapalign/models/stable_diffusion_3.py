@@ -1,0 +1,141 @@
+"""Stable Diffusion 3 and 3.5, medium and large: three text encoders, latents of the VAE's own shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from torch import Tensor
+
+from leapalign.config import ModelConfig
+from leapalign.models.embeddings import PromptEmbeddings
+from leapalign.models.folder import Parts
+from leapalign.models.text_encoders import TextEncoder, load_pipeline
+from leapalign.validation import UserError
+
+CLIP_TOKENS = 77
+"""Length of a prompt to both CLIP encoders."""
+T5_TOKENS = 256
+"""Longest prompt to T5, as the pipeline has it; a folder's tokenizer may say less."""
+
+
+class StableDiffusion3Model:
+    """One Stable Diffusion 3 model for images of ``height x width`` pixels.
+
+    Latents are ``(B, C, H/8, W/8)``, 8 being the VAE's factor. Raises UserError for a size that does not divide into
+    patches, or has more of them than the model has positions for.
+    """
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        height: int,
+        width: int,
+    ) -> None:
+        self.transformer = transformer.eval()
+        self.scheduler = scheduler
+        # Trained through, never itself.
+        self.decoder = vae.eval().requires_grad_(False)
+        self.device = torch.device("cpu")
+        factor, patch = 2 ** (len(vae.config.block_out_channels) - 1), transformer.config.patch_size
+        if height % (factor * patch) or width % (factor * patch):
+            raise UserError(f"model.height {height} and model.width {width} must be multiples of {factor * patch}")
+        longest = transformer.config.pos_embed_max_size * factor * patch
+        if max(height, width) > longest:
+            raise UserError(f"model.height {height} and model.width {width} must be at most {longest}")
+        self.rows, self.columns = height // factor, width // factor
+
+    @classmethod
+    def assemble(cls, parts: Parts, config: ModelConfig) -> StableDiffusion3Model:
+        """The model of ``parts``. Raises UserError where one cannot be read."""
+        return cls(
+            parts.part(SD3Transformer2DModel, "transformer"),
+            parts.part(FlowMatchEulerDiscreteScheduler, "scheduler"),
+            parts.part(AutoencoderKL, "vae"),
+            config.height,
+            config.width,
+        )
+
+    @staticmethod
+    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+        """Both CLIPs', for ``clip (B, L, C)`` and ``pooled (B, P)``; then T5's, for ``t5 (B, M, D)``."""
+        # The pipeline asks the first CLIP for the dtype of the second: they come together.
+        clips = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+        yield _clip(load_pipeline(StableDiffusion3Pipeline, folder, clips, dtype).to(device))
+        t5 = ("text_encoder_3", "tokenizer_3")
+        yield _t5(load_pipeline(StableDiffusion3Pipeline, folder, t5, dtype).to(device), dtype)
+
+    def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
+        """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
+        config = self.transformer.config
+        # CLIP's parts side by side, each token's as wide as its pooled embedding.
+        clip = torch.zeros(count, min(tokens or CLIP_TOKENS, CLIP_TOKENS), config.pooled_projection_dim)
+        t5 = torch.zeros(count, tokens or T5_TOKENS, config.joint_attention_dim)
+        return PromptEmbeddings({"clip": clip, "pooled": torch.zeros(count, config.pooled_projection_dim), "t5": t5})
+
+    def draw_noise(self, seeds: Sequence[int]) -> Tensor:
+        """Standard normal latents, one seed an image: ``(len(seeds), C, H/8, W/8)`` float32."""
+        shape = (self.transformer.config.in_channels, self.rows, self.columns)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self.device)
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The scheduler's noise levels ``(num_steps + 1,)``, for this resolution where they depend on it."""
+        config, patch = self.scheduler.config, self.transformer.config.patch_size
+        shift = calculate_shift(
+            (self.rows // patch) * (self.columns // patch),
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+        self.scheduler.set_timesteps(num_steps, mu=shift if config.use_dynamic_shifting else None)
+        return self.scheduler.sigmas.clone()
+
+    def velocity(self, latents: Tensor, sigma: Tensor, embeddings: PromptEmbeddings) -> Tensor:
+        """``latents (B, C, H/8, W/8)``, per-sample ``sigma (B,)`` -> velocity of the same shape."""
+        device, dtype = latents.device, self.transformer.dtype
+        clip, pooled, t5 = (embeddings.parts[name].to(device, dtype) for name in ("clip", "pooled", "t5"))
+        clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return self.transformer(
+            hidden_states=latents.to(dtype),
+            # Not in the dtype of the weights: the model embeds time in float32.
+            timestep=sigma.to(device) * self.scheduler.config.num_train_timesteps,
+            encoder_hidden_states=torch.cat([clip, t5], dim=1),
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images ``(B, 3, H, W)``; about [0, 1], not clamped."""
+        vae = self.decoder
+        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].to(latents.dtype)
+        return pixels / 2 + 0.5
+
+
+def _clip(pipeline: Any) -> TextEncoder:
+    def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokens, pooled = zip(
+            *(pipeline._get_clip_prompt_embeds(list(prompts), clip_model_index=index) for index in (0, 1)), strict=True
+        )
+        return {"clip": torch.cat(tokens, dim=-1), "pooled": torch.cat(pooled, dim=-1)}
+
+    return encode
+
+
+def _t5(pipeline: Any, dtype: torch.dtype) -> TextEncoder:
+    length = min(T5_TOKENS, pipeline.tokenizer_3.model_max_length)
+    return lambda prompts: {
+        "t5": pipeline._get_t5_prompt_embeds(list(prompts), max_sequence_length=length, dtype=dtype)
+    }
