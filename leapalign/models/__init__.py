@@ -11,12 +11,16 @@ from leapalign.config import ModelConfig
 from leapalign.embedded import resolve
 from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.flux import FluxModel
+from leapalign.models.flux2 import Flux2KleinModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
 from leapalign.models.protocol import Family, FlowModel
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.validation import UserError
 
-FAMILIES: dict[str, Family] = {"FluxPipeline": FluxModel}
+FAMILIES: dict[str, Family] = {
+    "FluxPipeline": FluxModel,
+    "Flux2KleinPipeline": Flux2KleinModel,
+}
 """By the class of pipeline in a model's ``model_index.json``."""
 ENCODED_AT_ONCE = 64
 

@@ -1,0 +1,125 @@
+"""Tiny models of the real classes, random weights, saved as their makers publish them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+TOKENS = 12
+"""Longest prompt of the tokenizers."""
+PROMPTS = ["a red circle", "two blue squares and a green cross"]
+WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()})
+
+
+def save_stable_diffusion_3(folder: Path) -> None:
+    """Stable Diffusion 3.5 as published: dual attention in the first block, as medium has it, q and k normed."""
+    torch.manual_seed(0)
+    clips = [_clip(width, projection) for width, projection in ((16, 12), (24, 20))]
+    StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=48,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=12,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=small_vae(),
+        text_encoder=clips[0],
+        tokenizer=_clip_tokenizer("<|endoftext|>"),
+        text_encoder_2=clips[1],
+        tokenizer_2=_clip_tokenizer("!</w>"),
+        text_encoder_3=_t5(),
+        tokenizer_3=_t5_tokenizer(),
+    ).save_pretrained(folder)
+
+
+def small_vae() -> AutoencoderKL:
+    """Of Stable Diffusion 3's settings, at a factor of 8."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def _clip(width: int, projection: int) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=len(_clip_vocabulary()[0]),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens and merges that make every word of `WORDS` one token."""
+    tokens = ["<|startoftext|>", "<|endoftext|>", "!</w>"]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        prefixes = list(itertools.accumulate(pieces))
+        merges += [pair for pair in zip(prefixes[:-1], pieces[1:], strict=True) if pair not in merges]
+        tokens += [token for token in dict.fromkeys((*pieces, *prefixes)) if token not in tokens]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def _clip_tokenizer(pad: str) -> CLIPTokenizer:
+    vocabulary, merges = _clip_vocabulary()
+    return CLIPTokenizer(vocabulary, merges, pad_token=pad, model_max_length=TOKENS)
+
+
+def _t5() -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(_t5_tokenizer()),
+        d_model=48,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config)
+
+
+def _t5_tokenizer() -> T5TokenizerFast:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in WORDS)]
+    return T5TokenizerFast(pieces, extra_ids=0, model_max_length=TOKENS)
