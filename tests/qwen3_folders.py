@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -68,6 +71,48 @@ def small_flux2_vae() -> AutoencoderKLFlux2:
     vae.bn.running_mean.uniform_(-1, 1)
     vae.bn.running_var.uniform_(0.5, 3)
     return vae
+
+
+def save_z_image(folder: Path) -> None:
+    """Z-Image as published: the text encoder's files are those of the whole language model, the index asks for less."""
+    torch.manual_seed(0)
+    whole = small_qwen3()
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 16),
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=whole.model,
+        tokenizer=byte_tokenizer(),
+        transformer=small_z_image(),
+    ).save_pretrained(folder)
+    whole.save_pretrained(folder / "text_encoder")
+
+
+def small_z_image() -> ZImageTransformer2DModel:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=24,
+        n_layers=3,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 4, 4],
+        axes_lens=[128, 16, 16],
+    )
+    with torch.no_grad():
+        # Zero before training: nobody would see them missing.
+        transformer.x_pad_token.normal_()
+        transformer.cap_pad_token.normal_()
+    return transformer
 
 
 def small_qwen3() -> Qwen3ForCausalLM:

@@ -44,6 +44,7 @@ SKELETONS = Path(__file__).parent / "skeletons"
 KNOWN_MODELS = {
     "black-forest-labs/FLUX.1-dev": SKELETONS / "flux1_dev",
     "black-forest-labs/FLUX.2-klein-base-9B": SKELETONS / "flux2_klein_base_9b",
+    "Tongyi-MAI/Z-Image": SKELETONS / "z_image",
 }
 REWARD = SKELETONS / "vit_h_14"
 """A CLIP ViT-H/14, the size of HPSv2.1 and PickScore."""

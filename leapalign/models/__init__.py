@@ -15,11 +15,13 @@ from leapalign.models.flux2 import Flux2KleinModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
 from leapalign.models.protocol import Family, FlowModel
 from leapalign.models.velocity import GuidedEmbeddings
+from leapalign.models.z_image import ZImageModel
 from leapalign.validation import UserError
 
 FAMILIES: dict[str, Family] = {
     "FluxPipeline": FluxModel,
     "Flux2KleinPipeline": Flux2KleinModel,
+    "ZImagePipeline": ZImageModel,
 }
 """By the class of pipeline in a model's ``model_index.json``."""
 ENCODED_AT_ONCE = 64
