@@ -47,6 +47,8 @@ KNOWN_MODELS = {
     "black-forest-labs/FLUX.1-dev": SKELETONS / "flux1_dev",
     "Qwen/Qwen-Image": SKELETONS / "qwen_image",
     "stabilityai/stable-diffusion-3.5-large": SKELETONS / "stable_diffusion_3_5_large",
+    "black-forest-labs/FLUX.2-klein-base-9B": SKELETONS / "flux2_klein_base_9b",
+    "Tongyi-MAI/Z-Image": SKELETONS / "z_image",
 }
 TEXT_TOKENS = 512
 """FLUX.1's length of a prompt; a model folder's tokenizer may say less."""

@@ -11,6 +11,7 @@ from leapalign.config import ModelConfig
 from leapalign.embedded import resolve
 from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.flux import FluxModel
+from leapalign.models.flux2 import Flux2KleinModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
 from leapalign.models.lora import add_adapter
 from leapalign.models.protocol import Family, FlowModel
@@ -18,12 +19,15 @@ from leapalign.models.qwen_image import QwenImageModel
 from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
 from leapalign.models.text_encoders import TextEncoder
 from leapalign.models.velocity import GuidedEmbeddings
+from leapalign.models.z_image import ZImageModel
 from leapalign.validation import UserError
 
 FAMILIES: dict[str, Family] = {
     "FluxPipeline": FluxModel,
     "QwenImagePipeline": QwenImageModel,
     "StableDiffusion3Pipeline": StableDiffusion3Model,
+    "Flux2KleinPipeline": Flux2KleinModel,
+    "ZImagePipeline": ZImageModel,
 }
 """By the class of pipeline in a model's ``model_index.json``."""
 ENCODED_AT_ONCE = 16

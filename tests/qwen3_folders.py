@@ -1,0 +1,145 @@
+"""Tiny models of the real classes whose prompts Qwen3 encodes, random weights, saved as their makers publish them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+TOKENS = 64
+"""Longest prompt of the tokenizer: a token a byte, and five of the chat template."""
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role[0] }}{{ message.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>a{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+"""Qwen3's in little: roles are a letter."""
+LAYERS, WIDTH = 28, 8
+"""FLUX.2 klein takes the hidden states after 9, 18 and 27 layers."""
+
+
+def save_flux2_klein(folder: Path) -> None:
+    """FLUX.2 klein base as published, with batch-norm statistics that matter."""
+    torch.manual_seed(0)
+    Flux2KleinPipeline(
+        scheduler=flux2_scheduler(),
+        vae=small_flux2_vae(),
+        text_encoder=small_qwen3(),
+        tokenizer=byte_tokenizer(),
+        transformer=small_flux2(joint_attention_dim=3 * WIDTH, guidance_embeds=False),
+    ).save_pretrained(folder)
+
+
+def small_flux2(joint_attention_dim: int, guidance_embeds: bool) -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=joint_attention_dim,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def flux2_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+
+
+def small_flux2_vae() -> AutoencoderKLFlux2:
+    """At a factor of 4."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    vae.bn.running_mean.uniform_(-1, 1)
+    vae.bn.running_var.uniform_(0.5, 3)
+    return vae
+
+
+def save_z_image(folder: Path) -> None:
+    """Z-Image as published: the text encoder's files are those of the whole language model, the index asks for less."""
+    torch.manual_seed(0)
+    whole = small_qwen3()
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 16),
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=whole.model,
+        tokenizer=byte_tokenizer(),
+        transformer=small_z_image(),
+    ).save_pretrained(folder)
+    whole.save_pretrained(folder / "text_encoder")
+
+
+def small_z_image() -> ZImageTransformer2DModel:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=24,
+        n_layers=3,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 4, 4],
+        axes_lens=[128, 16, 16],
+    )
+    with torch.no_grad():
+        # Zero before training: nobody would see them missing.
+        transformer.x_pad_token.normal_()
+        transformer.cap_pad_token.normal_()
+    return transformer
+
+
+def small_qwen3() -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=len(byte_tokenizer()),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=TOKENS,
+        pad_token_id=0,
+        eos_token_id=0,
+        # Deep and narrow: at the usual range nothing of the prompt would be left to see.
+        initializer_range=0.3,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def byte_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's without merges."""
+    tokens = (*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    return Qwen2Tokenizer(
+        {token: index for index, token in enumerate(tokens)},
+        [],
+        additional_special_tokens=list(SPECIAL[1:]),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=TOKENS,
+    )
