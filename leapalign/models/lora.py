@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,9 +40,8 @@ def add_adapter(transformer: Any, config: ModelConfig) -> None:
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(0, ADAPTER_STREAM, config.lora_rank))
-        transformer.add_adapter(
-            LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=targets), adapter_name=ADAPTER
-        )
+        adapter = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=targets)
+        inject_adapter_in_model(adapter, transformer, ADAPTER)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
