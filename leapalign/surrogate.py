@@ -22,6 +22,7 @@ import torch
 from leap_kernels import combine_gradient_terms
 from torch import Tensor
 
+from leapalign.faults import point
 from leapalign.rollout import Rollout, VelocityFn
 
 GradientSink = Callable[[Tensor, Tensor], None]
@@ -215,6 +216,7 @@ def _velocity_vjp(
     latents = latents.detach().requires_grad_(needs_input)
     branches = velocity_fn.branches() if isinstance(velocity_fn, BranchedVelocity) else [(1.0, velocity_fn)]
     for weight, branch in branches:
+        point("surrogate")
         with torch.enable_grad():
             velocity = branch(latents, sigma)
         hooks = []
