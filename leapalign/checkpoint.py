@@ -1,12 +1,13 @@
 """Checkpoints: ``step-N/`` with the transformer and its average in diffusers layout, and the optimizer state.
 
-Everything random in a run is a function of seed and iteration, so the iteration number is the RNG state.
+Everything random in a run is a function of seed and iteration, so the iteration number is the RNG state. A checkpoint
+is whole or absent, and outlasts a power cut; what befalls it later is told by its manifest.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from leapalign.durable import make_folder, partial_of, rename, require_space, sync_tree, writing
+from leapalign.faults import point
+from leapalign.manifest import damage, write_manifest
 from leapalign.models.lora import FILE as ADAPTER_FILE
 from leapalign.models.lora import has_adapter, read_adapter, save_adapter
 from leapalign.optim import Optimizer
@@ -22,39 +26,110 @@ from leapalign.validation import UserError, brief
 
 TRANSFORMER = "transformer"
 AVERAGE = "transformer_ema"
+_HEADERS = 1 << 20
+"""Bytes of a checkpoint beside its tensors, at most."""
+_log = logging.getLogger("leapalign")
 
 
 def step_folder(run: Path, iteration: int) -> Path:
     return run / "checkpoints" / f"step-{iteration}"
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint with the highest iteration, None where there is none."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
+def latest_checkpoint(run: Path, within: str = "") -> Path | None:
+    """The newest checkpoint that is as it was saved; a warning names each that is not, and is passed over.
+
+    within: only files in this folder of the checkpoint are wanted. Returns None where there are no checkpoints; raises
+    UserError where all are damaged.
+    """
+    found = _by_iteration(run)
+    for number in sorted(found, reverse=True):
+        reason = damage(found[number], within)
+        if reason is None:
+            return found[number]
+        _log.warning("checkpoint '%s' is damaged (%s); passing it over for the one before", found[number], reason)
+    if found:
+        raise UserError(f"all checkpoints of '{run}' are damaged; put one back from a copy, or choose another output")
+    return None
 
 
-def save_checkpoint(run: Path, iteration: int, transformer: Any, optimizer: Optimizer) -> Path:
-    """Writes ``step-<iteration>`` beside its place and renames it, so that a checkpoint is whole or absent."""
+def save_checkpoint(run: Path, iteration: int, transformer: Any, optimizer: Optimizer, keep: int) -> Path:
+    """Writes ``step-<iteration>``; once it is on the disk, all but the newest ``keep`` are deleted.
+
+    Raises UserError where it cannot be written. Those before it are then as they were.
+    """
     final = step_folder(run, iteration)
-    partial = final.with_name(f"{final.name}.partial")
-    for stale in (partial, final):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_weights(transformer, partial / TRANSFORMER)
-    with optimizer.averaged_weights():
-        save_weights(transformer, partial / AVERAGE)
-    save_file(optimizer.tensors(), partial / "optimizer.safetensors")
-    state = {"iteration": iteration, "optimizer": optimizer.scalars()}
-    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    os.replace(partial, final)
+    partial = partial_of(final)
+    with writing(final):
+        make_folder(final.parent)
+        for stale in final.parent.glob("*.partial"):
+            shutil.rmtree(stale)
+        if final.exists():
+            _delete(final)  # A damaged one: the run was resumed before it.
+        require_space(final.parent, _size(transformer, optimizer))
+        try:
+            _write(partial, iteration, transformer, optimizer)
+            rename(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _delete_surplus(run, iteration, keep)
     return final
+
+
+def _write(folder: Path, iteration: int, transformer: Any, optimizer: Optimizer) -> None:
+    folder.mkdir()
+    save_weights(transformer, folder / TRANSFORMER)
+    point("checkpoint file")
+    with optimizer.averaged_weights():
+        save_weights(transformer, folder / AVERAGE)
+    point("checkpoint file")
+    save_file(optimizer.tensors(), folder / "optimizer.safetensors")
+    point("checkpoint file")
+    state = {"iteration": iteration, "optimizer": optimizer.scalars()}
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    point("checkpoint file")
+    write_manifest(folder)
+    point("checkpoint file")
+    sync_tree(folder)
+
+
+def _size(transformer: Any, optimizer: Optimizer) -> int:
+    """Bytes that a checkpoint takes."""
+    if has_adapter(transformer):
+        saved = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    else:
+        saved = list(transformer.state_dict().values())
+    # The average is saved in the dtype of the weights.
+    tensors = [*saved, *saved, *optimizer.tensors().values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _HEADERS
+
+
+def _delete_surplus(run: Path, newest: int, keep: int) -> None:
+    """Leaves ``keep`` checkpoints up to ``newest``, and none beyond: the run was resumed before them, as damaged."""
+    found = _by_iteration(run)
+    kept = sorted((number for number in found if number <= newest), reverse=True)[:keep]
+    for number, path in found.items():
+        if number not in kept:
+            _delete(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    # Renamed first: half of a checkpoint must not pass for one.
+    partial = partial_of(checkpoint)
+    rename(checkpoint, partial)
+    point("delete")
+    shutil.rmtree(partial)
+
+
+def _by_iteration(run: Path) -> dict[int, Path]:
+    found = (run / "checkpoints").glob("step-*")
+    return {int(path.name[5:]): path for path in found if path.name[5:].isdecimal()}
 
 
 def load_checkpoint(folder: Path, transformer: Any, optimizer: Optimizer) -> int:
     """Restores weights, average and optimizer from ``folder``; returns the iteration.
 
-    Raises UserError where the files are missing, damaged, or of another model or optimizer.
+    Raises UserError where it is of another model or optimizer.
     """
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -69,7 +144,8 @@ def load_checkpoint(folder: Path, transformer: Any, optimizer: Optimizer) -> int
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"checkpoint '{folder}' cannot be resumed ({brief(error)}); delete it to resume from the one before"
+            f"checkpoint '{folder}' cannot be resumed ({brief(error)}); set model and optimizer back to what it was "
+            "saved with, or choose another output"
         ) from None
 
 

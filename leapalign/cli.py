@@ -138,19 +138,19 @@ def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def train_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from leapalign.run import prepare_resume, refuse_used_folder, run_training
+    from leapalign.run import opened_run, run_training
     from leapalign.run_folder import read_metrics
-    from leapalign.trainer import Trainer
+    from leapalign.stopping import stop_requests
 
     config = _config(arguments.config, arguments.resume, overrides)
     if arguments.resume:
         config = dataclasses.replace(config, output=str(arguments.resume))
-    else:
-        refuse_used_folder(Path(config.output))
-    trainer = Trainer.from_config(config)
-    if arguments.resume:
-        prepare_resume(trainer)
-    run_training(trainer)
+    with opened_run(config, resume=bool(arguments.resume)) as trainer, stop_requests() as stopping:
+        run_training(trainer, stopping)
+        if trainer.iteration < config.train.iterations:
+            print(
+                f"stopped after iteration {trainer.iteration}; continue with --resume {config.output}", file=sys.stderr
+            )
     if arguments.json:
         print(json.dumps({**read_metrics(Path(config.output))[-1], "run": config.output}))
 
@@ -220,7 +220,7 @@ def _model_and_prompts(
     prompts = given or read_prompts(Path(arguments.prompts or resolve(config.prompts.path)))
     model = load_model(config.model)
     if arguments.run:
-        checkpoint = latest_checkpoint(arguments.run)
+        checkpoint = latest_checkpoint(arguments.run, within=AVERAGE)
         if checkpoint is None:
             raise UserError(f"'{arguments.run}' holds no checkpoint yet; let it train longer, or use --config")
         load_weights(model.transformer, checkpoint / AVERAGE)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from leapalign.durable import write_text
 from leapalign.validation import UserError, brief, validated
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -133,6 +134,8 @@ class DiagnosticsConfig:
 class CheckpointConfig:
     every: PositiveInt = 100
     """Iterations between checkpoints; the last iteration is always saved."""
+    keep: PositiveInt = 3
+    """So many checkpoints stay; older ones are deleted once the new one is on the disk."""
 
 
 @dataclass(frozen=True)
@@ -249,4 +252,4 @@ def load_config(path: Path, assignments: Sequence[str] = ()) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes every resolved key as YAML."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leapalign.faults import point
+
 RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
 """``reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``, differentiable in the images, sample by sample."""
 
@@ -84,5 +86,6 @@ def _chunk_gradient(
             f"a reward must return one differentiable score a sample, shape ({len(x)},); got shape "
             f"{tuple(scores.shape)}{'' if scores.requires_grad else ' without a gradient'}"
         )
+    point("reward")
     (gradient,) = torch.autograd.grad(scores.sum(), x)
     return scores.detach(), gradient, image.detach()

@@ -10,6 +10,7 @@ import torch
 from leap_kernels import euler_step
 from torch import Tensor
 
+from leapalign.faults import point
 from leapalign.memory.residency import made_for
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
@@ -84,6 +85,7 @@ def sample_rollout(velocity_fn: VelocityFn, noise: Tensor, sigmas: Tensor) -> Ro
     """
     latents, velocities = [noise], []
     for sigma, sigma_next in itertools.pairwise(sigmas):
+        point("rollout")
         velocity = velocity_fn(latents[-1], sigma.expand(len(noise)).to(noise.device))
         velocities.append(velocity)
         with made_for("latents"):

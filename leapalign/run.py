@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from leapalign.checkpoint import latest_checkpoint
-from leapalign.config import save_config
+from leapalign.config import Config, save_config
+from leapalign.durable import beside, make_folder, writing
+from leapalign.faults import point
 from leapalign.generate import generate
 from leapalign.pictures import image_grid
 from leapalign.run_folder import METRICS, MetricsLog
+from leapalign.run_lock import run_lock
 from leapalign.trainer import Trainer
 from leapalign.validation import UserError
 
@@ -33,17 +38,44 @@ def unused_folder(run: Path) -> Path:
     return candidate
 
 
-def run_training(trainer: Trainer) -> float:
-    """Trains to the end, recording everything in ``config.output``; returns the seconds spent in iterations."""
+@contextlib.contextmanager
+def opened_run(config: Config, resume: bool) -> Iterator[Trainer]:
+    """The trainer for ``config.output``, at its latest checkpoint if ``resume``; no other process can have it, too.
+
+    Raises UserError for a bad config, before anything is written, and for a folder that is used or in use.
+    """
+    run = Path(config.output)
+    with contextlib.ExitStack() as held:
+        if resume:
+            # At once: a second model in memory could end the first process.
+            held.enter_context(run_lock(run))
+            trainer = Trainer.from_config(config)
+            prepare_resume(trainer)
+        else:
+            refuse_used_folder(run)
+            trainer = Trainer.from_config(config)
+            with writing(run):
+                make_folder(run)
+            held.enter_context(run_lock(run))
+            refuse_used_folder(run)
+        yield trainer
+
+
+def run_training(trainer: Trainer, stopping: Callable[[], bool] = lambda: False) -> float:
+    """Trains to the end, or until ``stopping()``, recording everything in ``config.output``.
+
+    Returns the seconds spent in iterations. Raises UserError where the folder cannot be written.
+    """
     config, run = trainer.config, Path(trainer.config.output)
-    run.mkdir(parents=True, exist_ok=True)
+    with writing(run):
+        make_folder(run)
     save_config(config, run / "config.yaml")
     seconds = 0.0
     bar = tqdm(total=config.train.iterations, initial=trainer.iteration, desc="train", unit="it")
     with MetricsLog(run, trainer.iteration) as log, bar:
         if trainer.iteration == 0:
             save_samples(trainer)
-        for record in trainer.run():
+        for record in trainer.run(stopping):
             log.write(record)
             seconds += record["seconds"]
             shown = {name: f"{record[name]:.3g}" for name in SHOWN if name in record}
@@ -67,8 +99,11 @@ def save_samples(trainer: Trainer) -> None:
             config.rollout.batch_size,
         )
     folder = Path(config.output) / "samples"
-    folder.mkdir(exist_ok=True)
-    image_grid(images, trainer.prompts[:count]).save(folder / f"step-{trainer.iteration}.png")
+    with writing(folder):
+        make_folder(folder)
+    with beside(folder / f"step-{trainer.iteration}.png") as picture:
+        image_grid(images, trainer.prompts[:count]).save(picture, format="PNG")
+        point("samples")
 
 
 def prepare_resume(trainer: Trainer) -> None:

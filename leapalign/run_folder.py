@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
+
+from leapalign.durable import write_text, writing
+from leapalign.faults import point
 
 METRICS = "metrics.jsonl"
 
@@ -30,22 +34,29 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         kept = [record for record in read_metrics(self._run) if record["iteration"] <= self._iteration]
         path = self._run / METRICS
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(self._run / "tensorboard"), purge_step=self._iteration + 1)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(self._run / "tensorboard"), purge_step=self._iteration + 1)
         return self
 
     def write(self, record: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if name != "iteration":
-                self._events.add_scalar(name, value, int(record["iteration"]))
+        """Appends ``record``, which is on the disk on return. Raises UserError where it cannot be written."""
+        with writing(self._run / METRICS):
+            point("metrics")
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            point("metrics")
+            os.fsync(self._file.fileno())
+            for name, value in record.items():
+                if name != "iteration":
+                    self._events.add_scalar(name, value, int(record["iteration"]))
+            self._events.flush()
+            point("metrics")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._events.close()
+        with writing(self._run / METRICS):
+            self._file.close()
+            self._events.close()

@@ -22,6 +22,7 @@ import torch
 from leap_kernels import combine_gradient_terms
 from torch import Tensor
 
+from leapalign.faults import point
 from leapalign.rollout import Rollout, VelocityFn
 
 GradientSink = Callable[[Tensor, Tensor], None]
@@ -217,6 +218,7 @@ def _velocity_vjp(
     if isinstance(velocity_fn, BranchedVelocity):
         branches = velocity_fn.branches(latents, sigma, cotangent)
     for branch, share in branches:
+        point("surrogate")
         with torch.enable_grad():
             velocity = branch(latents, sigma)
         hooks = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,19 +89,27 @@ class Trainer:
         """Continues after ``checkpoint``. Raises UserError where it cannot be read."""
         self.iteration = load_checkpoint(checkpoint, self.model.transformer, self.optimizer)
 
-    def run(self) -> Iterator[dict[str, float]]:
-        """Trains to the last iteration, yielding each one's metrics; saves checkpoints on the way."""
-        while self.iteration < self.config.train.iterations:
+    def run(self, stopping: Callable[[], bool] = lambda: False) -> Iterator[dict[str, float]]:
+        """Trains to the last iteration, or until ``stopping()``; yields metrics, then saves checkpoints where due.
+
+        A resumed run goes on after its checkpoint, so what the caller records has to be on the disk before: it is when
+        the next metrics are asked for.
+        """
+        config = self.config
+        while self.iteration < config.train.iterations:
             started = time.perf_counter()
             metrics = self.train_one()
             if self.iteration == 0:
                 warn_of_thresholds(self.rewards, metrics)
             self.iteration += 1
             seconds = time.perf_counter() - started
-            last = self.iteration == self.config.train.iterations
-            if last or self.iteration % self.config.checkpoint.every == 0:
-                save_checkpoint(Path(self.config.output), self.iteration, self.model.transformer, self.optimizer)
             yield {"iteration": self.iteration, **metrics, "seconds": seconds}
+            last = self.iteration == config.train.iterations
+            if last or self.iteration % config.checkpoint.every == 0 or stopping():
+                transformer, keep = self.model.transformer, config.checkpoint.keep
+                save_checkpoint(Path(config.output), self.iteration, transformer, self.optimizer, keep)
+                if stopping():
+                    return
 
     def train_one(self) -> dict[str, float]:
         """One optimizer step over ``train.batch_size`` images; the mean of their metrics."""

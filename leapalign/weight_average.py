@@ -10,6 +10,7 @@ from leap_kernels import ema_update_, stochastic_round_
 from torch import Tensor, nn
 
 from leapalign.config import EmaConfig
+from leapalign.faults import point
 from leapalign.memory.residency import host_memory
 from leapalign.memory.transfer import ToHost
 
@@ -48,6 +49,7 @@ class WeightAverage:
             else:
                 self._to_host.send(parameter.detach(), move)
             position += average.numel()
+            point("average")
         if self._to_host is not None:
             self._to_host.wait()
 

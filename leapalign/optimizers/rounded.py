@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.config import OptimizerConfig
+from leapalign.faults import point
 
 
 class RoundedOptimizer(torch.optim.Optimizer):
@@ -48,3 +49,4 @@ class RoundedOptimizer(torch.optim.Optimizer):
                 step = int(count)
                 self.step_one(parameter, gradient, group["lr"], step, (step - 1) * total + position)
             position += parameter.numel()
+            point("optimizer")
