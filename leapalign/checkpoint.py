@@ -22,6 +22,8 @@ from leapalign.validation import UserError, brief
 
 TRANSFORMER = "transformer"
 AVERAGE = "transformer_ema"
+WEIGHTS = {"average": AVERAGE, "last": TRANSFORMER}
+"""What a checkpoint holds, by the names that the command line has for it."""
 
 
 def step_folder(run: Path, iteration: int) -> Path:
@@ -32,6 +34,14 @@ def latest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint with the highest iteration, None where there is none."""
     found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
     return max(found, key=lambda path: int(path.name[5:]), default=None)
+
+
+def run_weights(run: Path, name: str) -> Path:
+    """The folder of the `WEIGHTS` called ``name`` in the latest checkpoint. Raises UserError where there is none."""
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise UserError(f"'{run}' holds no checkpoint yet; let it train longer, or use --config")
+    return checkpoint / WEIGHTS[name]
 
 
 def save_checkpoint(run: Path, iteration: int, transformer: Any, optimizer: Optimizer) -> Path:

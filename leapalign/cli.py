@@ -1,4 +1,4 @@
-"""The command line: ``leapalign demo | train | generate | evaluate | memory | doctor | kernels``."""
+"""The command line: ``leapalign demo | train | generate | evaluate | export | memory | doctor | kernels``."""
 
 from __future__ import annotations
 
@@ -51,6 +51,15 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--run", type=Path, help="run folder: its latest weight average is used")
         command.add_argument("--prompts", type=Path, help="prompt file, default the config's")
         command.add_argument("--seed", type=int, default=0, help="noise seed of the first image")
+
+    export = commands.add_parser("export", help="a run's weights as other software reads them", epilog=OVERRIDES)
+    export.add_argument("--run", type=Path, required=True, help="run folder: its latest checkpoint is exported")
+    export.add_argument("--output", type=Path, required=True, help="new folder for the weights and their model card")
+    export.add_argument("--layout", choices=("diffusers", "original", "comfyui"), default="diffusers")
+    export.set_defaults(execute=export_command)
+
+    for command in (generate, evaluate, export):
+        command.add_argument("--weights", choices=("average", "last"), default="average", help="default: average")
 
     memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
     memory.add_argument("--config", type=Path, required=True, help="YAML file, see configs/flux1_dev")
@@ -226,6 +235,14 @@ def _generate(config: Config, model: Any, embeddings: Any, seed: int) -> Any:
     place_for_sampling(model, config.memory, training_device())
     seeds = range(seed, seed + len(embeddings))
     return generate(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
+
+
+def export_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.export import export
+
+    config = _config(None, arguments.run, overrides)
+    written = export(arguments.run, config, arguments.output, arguments.weights, arguments.layout)
+    print(f"{arguments.output}: {written}")
 
 
 def memory_command(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -138,6 +138,12 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    rewards: tuple[dict[str, Any], ...] = ()
+    """Each with its ``name`` and own options, as ``reward``; empty: what is trained on."""
+
+
+@dataclass(frozen=True)
 class Config:
     output: str = "runs/leapalign"
     """The run folder."""
@@ -158,6 +164,7 @@ class Config:
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
         if self.train.batch_size % min(self.rollout.batch_size, self.train.batch_size):
@@ -169,6 +176,13 @@ class Config:
         for section in ("method", "reward"):
             if "name" not in getattr(self, section):
                 raise ValueError(f"'{section}.name' is missing; add it")
+        if any("name" not in reward for reward in self.evaluate.rewards):
+            raise ValueError("a reward of evaluate.rewards has no name; add it, as in [{name: hpsv2}]")
+
+    @property
+    def rewards(self) -> list[dict[str, Any]]:
+        """The one reward, or all."""
+        return [self.reward]
 
     def _check_memory(self) -> None:
         memory = self.memory
