@@ -26,6 +26,8 @@ from leapalign.validation import UserError, brief
 
 TRANSFORMER = "transformer"
 AVERAGE = "transformer_ema"
+WEIGHTS = {"average": AVERAGE, "last": TRANSFORMER}
+"""What a checkpoint holds, by the names that the command line has for it."""
 _HEADERS = 1 << 20
 """Bytes of a checkpoint beside its tensors, at most."""
 _log = logging.getLogger("leapalign")
@@ -50,6 +52,14 @@ def latest_checkpoint(run: Path, within: str = "") -> Path | None:
     if found:
         raise UserError(f"all checkpoints of '{run}' are damaged; put one back from a copy, or choose another output")
     return None
+
+
+def run_weights(run: Path, name: str) -> Path:
+    """The folder of the `WEIGHTS` called ``name`` in the latest checkpoint. Raises UserError where there is none."""
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise UserError(f"'{run}' holds no checkpoint yet; let it train longer, or use --config")
+    return checkpoint / WEIGHTS[name]
 
 
 def save_checkpoint(run: Path, iteration: int, transformer: Any, optimizer: Optimizer, keep: int) -> Path:

@@ -1,4 +1,4 @@
-"""The command line: ``leapalign demo | train | generate | evaluate | cache | memory | doctor | kernels``."""
+"""The command line: ``leapalign demo | train | generate | evaluate | export | cache | memory | doctor | kernels``."""
 
 from __future__ import annotations
 
@@ -58,6 +58,15 @@ def build_parser() -> argparse.ArgumentParser:
     cache.add_argument("--prompts", type=Path, help="prompt file, default the config's")
     cache.add_argument("--output", type=Path, help=f"folder, default the config's prompts.cache or {PROMPT_CACHE}")
     cache.set_defaults(execute=cache_command)
+
+    export = commands.add_parser("export", help="a run's weights as other software reads them", epilog=OVERRIDES)
+    export.add_argument("--run", type=Path, required=True, help="run folder: its latest checkpoint is exported")
+    export.add_argument("--output", type=Path, required=True, help="new folder for the weights and their model card")
+    export.add_argument("--layout", choices=("diffusers", "original", "comfyui"), default="diffusers")
+    export.set_defaults(execute=export_command)
+
+    for command in (generate, evaluate, export):
+        command.add_argument("--weights", choices=("average", "last"), default="average", help="default: average")
 
     memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
     memory.add_argument("--config", type=Path, required=True, help="YAML file, see configs/flux1_dev")
@@ -250,6 +259,14 @@ def cache_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     print(f"{result['bytes'] / 2**20:,.1f} MiB in {folder}; train with prompts.cache={folder}")
     if arguments.json:
         print(json.dumps({**result, "cache": str(folder)}))
+
+
+def export_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.export import export
+
+    config = _config(None, arguments.run, overrides)
+    written = export(arguments.run, config, arguments.output, arguments.weights, arguments.layout)
+    print(f"{arguments.output}: {written}")
 
 
 def memory_command(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -146,6 +146,12 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    rewards: tuple[dict[str, Any], ...] = ()
+    """Each with its ``name`` and own options, as ``reward``; empty: what is trained on."""
+
+
+@dataclass(frozen=True)
 class Config:
     output: str = "runs/leapalign"
     """The run folder."""
@@ -171,6 +177,7 @@ class Config:
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
         if self.train.batch_size % min(self.rollout.batch_size, self.train.batch_size):
@@ -182,6 +189,13 @@ class Config:
         for section, values in (("method", [self.method]), ("reward", self.rewards)):
             if not values or any("name" not in one for one in values):
                 raise ValueError(f"'{section}.name' is missing; add it")
+        if any("name" not in reward for reward in self.evaluate.rewards):
+            raise ValueError("a reward of evaluate.rewards has no name; add it, as in [{name: hpsv2}]")
+
+    @property
+    def rewards(self) -> list[dict[str, Any]]:
+        """The one reward, or all."""
+        return [self.reward]
 
     @property
     def rewards(self) -> list[dict[str, Any]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
 
 from leapalign.validation import UserError, brief
 
@@ -40,6 +42,21 @@ class ModelFolder:
             return kind.from_pretrained(self.path, subfolder=name, **options)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the {name} of '{self.path}' ({brief(error)}); check model.path") from None
+
+
+def linear_widths(path: str) -> dict[str, int]:
+    """The output features of each linear module of the transformer in a folder or hub id; no weights are read.
+
+    Raises UserError where its configuration cannot be read.
+    """
+    kind = getattr(diffusers, read_index(path)["transformer"][1])
+    try:
+        config = kind.load_config(path, subfolder="transformer")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the transformer of '{path}' ({brief(error)}); check model.path") from None
+    with torch.device("meta"):
+        transformer = kind.from_config(config)
+    return {name: module.out_features for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
 
 
 def read_index(path: str) -> dict[str, Any]:

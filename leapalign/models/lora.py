@@ -68,7 +68,9 @@ def save_adapter(transformer: Any, folder: Path) -> None:
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """What `save_adapter` wrote, by the names of the transformer's parameters."""
-    return {
-        name.removeprefix(_PREFIX).replace(".weight", f".{ADAPTER}.weight"): value
-        for name, value in load_file(folder / FILE).items()
-    }
+    return {name.replace(".weight", f".{ADAPTER}.weight"): value for name, value in read_matrices(folder).items()}
+
+
+def read_matrices(folder: Path) -> dict[str, Tensor]:
+    """The same as ``<module>.lora_A.weight (rank, in)`` and ``<module>.lora_B.weight (out, rank)``."""
+    return {name.removeprefix(_PREFIX): value for name, value in load_file(folder / FILE).items()}
