@@ -56,7 +56,7 @@ def latest_checkpoint(run: Path, within: str = "") -> Path | None:
 
 def run_weights(run: Path, name: str) -> Path:
     """The folder of the `WEIGHTS` called ``name`` in the latest checkpoint. Raises UserError where there is none."""
-    checkpoint = latest_checkpoint(run)
+    checkpoint = latest_checkpoint(run, within=WEIGHTS[name])
     if checkpoint is None:
         raise UserError(f"'{run}' holds no checkpoint yet; let it train longer, or use --config")
     return checkpoint / WEIGHTS[name]

@@ -220,7 +220,7 @@ def _model_and_prompts(
     arguments: argparse.Namespace, overrides: list[str], given: list[str]
 ) -> tuple[Config, Any, list[str]]:
     """The config, the model (with the run's weight average, if one is named), and the prompts asked for."""
-    from leapalign.checkpoint import AVERAGE, latest_checkpoint, load_weights
+    from leapalign.checkpoint import load_weights, run_weights
     from leapalign.embedded import resolve
     from leapalign.models import load_model
     from leapalign.prompts import read_prompts
@@ -229,10 +229,7 @@ def _model_and_prompts(
     prompts = given or read_prompts(Path(arguments.prompts or resolve(config.prompts.path)))
     model = load_model(config.model)
     if arguments.run:
-        checkpoint = latest_checkpoint(arguments.run, within=AVERAGE)
-        if checkpoint is None:
-            raise UserError(f"'{arguments.run}' holds no checkpoint yet; let it train longer, or use --config")
-        load_weights(model.transformer, checkpoint / AVERAGE)
+        load_weights(model.transformer, run_weights(arguments.run, arguments.weights))
     return config, model, prompts
 
 

@@ -195,11 +195,6 @@ class Config:
     @property
     def rewards(self) -> list[dict[str, Any]]:
         """The one reward, or all."""
-        return [self.reward]
-
-    @property
-    def rewards(self) -> list[dict[str, Any]]:
-        """The one reward, or all."""
         return self.reward if isinstance(self.reward, list) else [self.reward]
 
     def _check_memory(self) -> None:
