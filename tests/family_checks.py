@@ -65,8 +65,9 @@ def check_gradient_reaches_latents(config: ModelConfig) -> None:
     (gradient,) = torch.autograd.grad(model.decode(latents).sum(), latents)
     direction = torch.randn_like(latents)
     with torch.no_grad():
-        ahead, behind = (model.decode(latents + step * direction).sum() for step in (1e-5, -1e-5))
-    assert (gradient * direction).sum().item() == pytest.approx(((ahead - behind) / 2e-5).item(), rel=1e-5)
+        ahead, behind = (model.decode(latents + step * direction).sum() for step in (1e-3, -1e-3))
+    # Qwen's upsampling is in float32 whatever it gets.
+    assert (gradient * direction).sum().item() == pytest.approx(((ahead - behind) / 2e-3).item(), rel=1e-3)
     assert all(p.grad is None for p in model.decoder.parameters())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def test_dev_trains_and_the_pipeline_takes_what_it_learnt(dev: Path, tmp_path: P
     _, rollout = checks.rollout_of(ModelConfig(path=str(dev), guidance=2.5, **SIZE), weights=trained)
     transformer = Flux2Transformer2DModel.from_pretrained(trained)
     assert torch.equal(rollout.latents[-1], sampled(dev, "latent", 2.5, 512, transformer=transformer))
+
+
+def test_a_processor_that_cannot_be_loaded_is_named(dev: Path, tmp_path: Path) -> None:
+    """As dev's own where torchvision is not installed."""
+    index = json.loads((dev / "model_index.json").read_text())
+    for part in dev.iterdir():
+        if part.is_dir():
+            (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", "PixtralProcessor"]}))
+    with pytest.raises(UserError, match="cannot load text encoders"):
+        encode_prompts(ModelConfig(path=str(tmp_path)), PROMPTS)
 
 
 @pytest.mark.parametrize("variant", ["klein", "dev"])

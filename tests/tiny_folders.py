@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -123,3 +131,75 @@ def _t5() -> T5EncoderModel:
 def _t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in WORDS)]
     return T5TokenizerFast(pieces, extra_ids=0, model_max_length=TOKENS)
+
+
+def save_qwen_image(folder: Path) -> None:
+    """Qwen-Image as published."""
+    torch.manual_seed(0)
+    tokenizer = _qwen_tokenizer()
+    QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=1.0,
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=0.9,
+            base_image_seq_len=256,
+            max_image_seq_len=8192,
+            shift_terminal=0.02,
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            num_res_blocks=1,
+            latents_mean=[-0.76, 0.11, 1.55, -0.29],
+            latents_std=[2.82, 1.45, 2.07, 1.92],
+        ),
+        text_encoder=_qwen(len(tokenizer)),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    ).save_pretrained(folder)
+
+
+def _qwen(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """One token a word, of the pipeline's template as well: of this the pipeline drops a fixed number of tokens."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
+    for token in special:
+        template = template.replace(token, "\n")
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=1,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    trained.train_from_iterator([template.format(prompt) for prompt in PROMPTS], trainer)
+    learnt = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    return Qwen2Tokenizer(learnt["vocab"], merges, additional_special_tokens=special[1:], model_max_length=TOKENS)

@@ -20,5 +20,5 @@ def load_pipeline(kind: Any, folder: str, parts: Sequence[str], dtype: torch.dty
     absent = {name: None for name, found in read_index(folder).items() if isinstance(found, list) and name not in parts}
     try:
         return kind.from_pretrained(folder, torch_dtype=dtype, **absent)
-    except (ImportError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot load text encoders from '{folder}' ({brief(error)}); check model.path") from None
