@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import family_checks as checks
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from qwen3_folders import TOKENS, save_flux2_klein
+from chat_folders import TOKENS, save_flux2_dev, save_flux2_klein
+from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from streaming_checks import check_blocks_run_in_order, check_streaming
 from tiny_folders import PROMPTS
 from torch import Tensor
@@ -30,17 +31,24 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def sampled(folder: Path, output: str, scale: float, **parts: Any) -> Tensor:
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "dev"
+    save_flux2_dev(path)
+    return path
+
+
+def sampled(folder: Path, output: str, guidance: float, length: int = TOKENS, **parts: Any) -> Tensor:
     """The pipeline's latents, packed and in the transformer's units, or images, from the seeds of the checks."""
-    pipeline = Flux2KleinPipeline.from_pretrained(folder, **parts)
+    pipeline = DiffusionPipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
     last: list[Tensor] = []
     images = pipeline(
         prompt=PROMPTS,
-        guidance_scale=scale,
+        guidance_scale=guidance,
         num_inference_steps=checks.STEPS,
         generator=[torch.Generator().manual_seed(seed) for seed in checks.SEEDS],
-        max_sequence_length=TOKENS,
+        max_sequence_length=length,
         callback_on_step_end=lambda *step: last.append(step[-1]["latents"]) or {},
         output_type="pt",
         **SIZE,
@@ -57,8 +65,33 @@ def test_rollout_is_the_pipelines(klein: Path, scale: float, batched: bool) -> N
     checks.check_images(model, rollout, latents, images)
 
 
-def test_sigma_is_per_sample(klein: Path) -> None:
-    checks.check_sigma_is_per_sample(ModelConfig(path=str(klein), **SIZE))
+def test_rollout_of_dev_is_the_pipelines(dev: Path) -> None:
+    model, rollout = checks.rollout_of(ModelConfig(path=str(dev), guidance=2.5, **SIZE))
+    latents, images = (sampled(dev, output, 2.5, 512) for output in ("latent", "pt"))
+    checks.check_images(model, rollout, latents, images)
+
+
+def test_dev_trains_and_the_pipeline_takes_what_it_learnt(dev: Path, tmp_path: Path) -> None:
+    trained = checks.check_training(tmp_path, {"path": str(dev), "guidance": 2.5, **SIZE})
+    _, rollout = checks.rollout_of(ModelConfig(path=str(dev), guidance=2.5, **SIZE), weights=trained)
+    transformer = Flux2Transformer2DModel.from_pretrained(trained)
+    assert torch.equal(rollout.latents[-1], sampled(dev, "latent", 2.5, 512, transformer=transformer))
+
+
+def test_a_processor_that_cannot_be_loaded_is_named(dev: Path, tmp_path: Path) -> None:
+    """As dev's own where torchvision is not installed."""
+    index = json.loads((dev / "model_index.json").read_text())
+    for part in dev.iterdir():
+        if part.is_dir():
+            (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", "PixtralProcessor"]}))
+    with pytest.raises(UserError, match="cannot load text encoders"):
+        encode_prompts(ModelConfig(path=str(tmp_path)), PROMPTS)
+
+
+@pytest.mark.parametrize("variant", ["klein", "dev"])
+def test_sigma_is_per_sample(variant: str, request: pytest.FixtureRequest) -> None:
+    checks.check_sigma_is_per_sample(ModelConfig(path=str(request.getfixturevalue(variant)), **SIZE))
 
 
 def test_gradient_reaches_latents(klein: Path) -> None:

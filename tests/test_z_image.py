@@ -8,8 +8,8 @@ from typing import Any
 import family_checks as checks
 import pytest
 import torch
+from chat_folders import TOKENS, save_z_image
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from qwen3_folders import TOKENS, save_z_image
 from streaming_checks import check_blocks_run_in_order, check_streaming
 from tiny_folders import PROMPTS
 from torch import Tensor

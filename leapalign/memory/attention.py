@@ -23,7 +23,8 @@ def set_attention(model: Any, wanted: str, device: torch.device, dtype: torch.dt
     Returns its name. Raises UserError where the one asked for does not work.
     """
     # Models that take a mask of the prompts' tokens hand it on to their attention.
-    masked = "encoder_hidden_states_mask" in inspect.signature(model.forward).parameters
+    # Prompts of several lengths are masked, Z-Image's (``cap_feats``) by the transformer itself.
+    masked = bool({"encoder_hidden_states_mask", "cap_feats"} & inspect.signature(model.forward).parameters.keys())
     for name in PREFERRED if wanted == "auto" else (wanted,):
         problem = _problem(name, device, dtype, masked)
         if problem is None:

@@ -11,7 +11,7 @@ from leapalign.config import ModelConfig
 from leapalign.embedded import resolve
 from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.flux import FluxModel
-from leapalign.models.flux2 import Flux2KleinModel
+from leapalign.models.flux2 import Flux2DevModel, Flux2KleinModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
 from leapalign.models.lora import add_adapter
 from leapalign.models.protocol import Family, FlowModel
@@ -26,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     "FluxPipeline": FluxModel,
     "QwenImagePipeline": QwenImageModel,
     "StableDiffusion3Pipeline": StableDiffusion3Model,
+    "Flux2Pipeline": Flux2DevModel,
     "Flux2KleinPipeline": Flux2KleinModel,
     "ZImagePipeline": ZImageModel,
 }

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
 )
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -130,9 +131,20 @@ class Flux2KleinModel(Flux2Model):
     @staticmethod
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
         """Qwen3's, for ``tokens (B, L, D)``."""
-        yield _tokens(load_pipeline(Flux2KleinPipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device))
+        pipeline = load_pipeline(Flux2KleinPipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device)
+        yield _tokens(pipeline, min(TEXT_TOKENS, pipeline.tokenizer.model_max_length))
 
 
-def _tokens(pipeline: Any) -> TextEncoder:
-    length = min(TEXT_TOKENS, pipeline.tokenizer.model_max_length)
+class Flux2DevModel(Flux2Model):
+    """FLUX.2 dev: prompts, after the pipeline's system message, are three hidden states of Mistral 3, side by side."""
+
+    @staticmethod
+    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+        """Mistral 3's, for ``tokens (B, L, D)``."""
+        yield _tokens(
+            load_pipeline(Flux2Pipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device), TEXT_TOKENS
+        )
+
+
+def _tokens(pipeline: Any, length: int) -> TextEncoder:
     return lambda prompts: {"tokens": pipeline.encode_prompt(list(prompts), max_sequence_length=length)[0]}

@@ -1,4 +1,4 @@
-"""Tiny models of the real classes whose prompts Qwen3 encodes, random weights, saved as their makers publish them."""
+"""Tiny FLUX.2 and Z-Image of the real classes, random weights, saved as published: language models encode prompts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from tokenizers import pre_tokenizers
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 TOKENS = 64
 """Longest prompt of the tokenizer: a token a byte, and five of the chat template."""
@@ -25,6 +34,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>a{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
 )
 """Qwen3's in little: roles are a letter."""
+MISTRAL_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role[0] }}{{ message.content[0].text }}<|im_end|>{% endfor %}"
+)
 LAYERS, WIDTH = 28, 8
 """FLUX.2 klein takes the hidden states after 9, 18 and 27 layers."""
 
@@ -38,6 +50,18 @@ def save_flux2_klein(folder: Path) -> None:
         text_encoder=small_qwen3(),
         tokenizer=byte_tokenizer(),
         transformer=small_flux2(joint_attention_dim=3 * WIDTH, guidance_embeds=False),
+    ).save_pretrained(folder)
+
+
+def save_flux2_dev(folder: Path) -> None:
+    """FLUX.2 dev as published, but for a tokenizer in place of its processor, which needs torchvision."""
+    torch.manual_seed(0)
+    Flux2Pipeline(
+        scheduler=flux2_scheduler(),
+        vae=small_flux2_vae(),
+        text_encoder=small_mistral3(),
+        tokenizer=byte_tokenizer(MISTRAL_TEMPLATE),
+        transformer=small_flux2(joint_attention_dim=3 * WIDTH, guidance_embeds=True),
     ).save_pretrained(folder)
 
 
@@ -133,13 +157,31 @@ def small_qwen3() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def byte_tokenizer() -> Qwen2Tokenizer:
+def small_mistral3() -> Mistral3ForConditionalGeneration:
+    """FLUX.2 dev takes the hidden states after 10, 20 and 30 layers."""
+    text = MistralConfig(
+        vocab_size=len(byte_tokenizer()),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=31,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.3,
+    )
+    vision = PixtralVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8
+    )
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+
+
+def byte_tokenizer(template: str = CHAT_TEMPLATE) -> Qwen2Tokenizer:
     """Qwen's without merges."""
     tokens = (*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()))
     return Qwen2Tokenizer(
         {token: index for index, token in enumerate(tokens)},
         [],
         additional_special_tokens=list(SPECIAL[1:]),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         model_max_length=TOKENS,
     )
