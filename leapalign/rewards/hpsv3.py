@@ -62,6 +62,13 @@ class HPSv3:
             _fuse(model)
         return HPSv3Scorer(model, head, tokenizer)
 
+    def simulated(self) -> nn.Module:
+        """Raises UserError: where its score is read depends on the tokens, which a simulation does not have."""
+        raise UserError(
+            "leapalign memory cannot run HPSv3; ask for reward.name=pickscore, and add 14.5 GiB for its weights in "
+            "bfloat16 and what it needs to run"
+        )
+
 
 class HPSv3Scorer(nn.Module):
     """``(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``, differentiable in the images.
