@@ -71,8 +71,7 @@ def save_checkpoint(run: Path, iteration: int, transformer: Any, optimizer: Opti
     partial = partial_of(final)
     with writing(final):
         make_folder(final.parent)
-        for stale in final.parent.glob("*.partial"):
-            shutil.rmtree(stale)
+        remove_partial(run)
         if final.exists():
             _delete(final)  # A damaged one: the run was resumed before it.
         require_space(final.parent, _size(transformer, optimizer))
@@ -84,6 +83,12 @@ def save_checkpoint(run: Path, iteration: int, transformer: Any, optimizer: Opti
             raise
         _delete_surplus(run, iteration, keep)
     return final
+
+
+def remove_partial(run: Path) -> None:
+    """Deletes what a killed process had not finished to write, or to delete."""
+    for stale in (run / "checkpoints").glob("*.partial"):
+        shutil.rmtree(stale)
 
 
 def _write(folder: Path, iteration: int, transformer: Any, optimizer: Optimizer) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from leapalign.checkpoint import latest_checkpoint
+from leapalign.checkpoint import latest_checkpoint, remove_partial
 from leapalign.config import Config, save_config
 from leapalign.durable import beside, make_folder, writing
 from leapalign.faults import point
@@ -108,6 +108,9 @@ def save_samples(trainer: Trainer) -> None:
 
 def prepare_resume(trainer: Trainer) -> None:
     """Continues the run in ``config.output`` after its latest checkpoint; from the start where there is none."""
-    checkpoint = latest_checkpoint(Path(trainer.config.output))
+    run = Path(trainer.config.output)
+    with writing(run):
+        remove_partial(run)
+    checkpoint = latest_checkpoint(run)
     if checkpoint is not None:
         trainer.resume(checkpoint)
