@@ -44,12 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--output", type=Path, required=True, help="folder for the images")
     generate.set_defaults(execute=generate_command)
 
-    evaluate = commands.add_parser("evaluate", help="a run's mean reward beside the base's", epilog=OVERRIDES)
+    evaluate = commands.add_parser("evaluate", help="a run's mean rewards beside the base's", epilog=OVERRIDES)
+    evaluate.add_argument("--page", type=Path, help="new folder for a page with the images side by side")
     evaluate.set_defaults(execute=evaluate_command)
 
     for command in (generate, evaluate):
         command.add_argument("--config", type=Path, help="YAML file naming the base model")
-        command.add_argument("--run", type=Path, help="run folder: its latest weight average is used")
+        command.add_argument("--run", type=Path, help="run folder: its latest checkpoint is used")
         command.add_argument("--prompts", type=Path, help="prompt file, default the config's")
         command.add_argument("--seed", type=int, default=0, help="noise seed of the first image")
 
@@ -66,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.set_defaults(execute=export_command)
 
     for command in (generate, evaluate, export):
-        command.add_argument("--weights", choices=("average", "last"), default="average", help="default: average")
+        command.add_argument(
+            "--weights", choices=("average", "last"), default="average", help="of the run, default average"
+        )
 
     memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
     memory.add_argument("--config", type=Path, required=True, help="YAML file, see configs/flux1_dev")
@@ -178,68 +181,62 @@ def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config
 
 
 def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from leapalign.pictures import image_grid, to_picture
+    from leapalign.generate import image_batches, sampling_model
+    from leapalign.geneval import prepare_folders, read_metadata
+    from leapalign.image_folder import save_images
     from leapalign.prompt_cache import embeddings_of
 
-    config, model, prompts = _model_and_prompts(arguments, overrides, arguments.prompt)
-    images = _generate(config, model, embeddings_of(config, prompts), arguments.seed)
+    config, file, prompts = _config_and_prompts(arguments, overrides, arguments.prompt)
+    weights = _run_weights(arguments)
+    embeddings = embeddings_of(config, prompts)
+    model = sampling_model(config, weights)
+    seeds = range(arguments.seed, arguments.seed + len(prompts))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(images):
-        to_picture(image, config.model.width).save(arguments.output / f"{number:05d}.png")
-    image_grid(images, prompts).save(arguments.output / "grid.png")
-    print(f"{len(images)} images in {arguments.output}")
+    files = prepare_folders(arguments.output, [] if arguments.prompt else read_metadata(file))
+    files = files or [arguments.output / f"{number:05d}.png" for number in range(len(prompts))]
+    batches = image_batches(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
+    save_images(batches, prompts, files, arguments.output)
+    print(f"{len(prompts)} images in {arguments.output}")
 
 
 def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    import torch
-
-    from leapalign.memory.placement import place_reward, training_device
-    from leapalign.models import load_model
+    from leapalign.evaluate import BASE, RUN, evaluate, evaluation_rewards, figures, summary
+    from leapalign.evaluation_page import EvaluationPage
     from leapalign.prompt_cache import embeddings_of
     from leapalign.report import text_table
-    from leapalign.rewards import reward_terms
-    from leapalign.statistics import mean_interval
 
-    config, model, prompts = _model_and_prompts(arguments, overrides, [])
-    reward, embeddings = reward_terms(config)[0].reward, embeddings_of(config, prompts)
-    place_reward(reward, training_device())
-    arms = {"base": load_model(config.model), "run": model} if arguments.run else {"base": model}
-    scores = {}
-    for name, arm in arms.items():
-        with torch.no_grad():
-            images = _generate(config, arm, embeddings, arguments.seed)
-            scores[name] = mean_interval(reward(images, prompts).tolist())
-    rows = [[name, str(score)] for name, score in scores.items()]
-    print(text_table(("", "mean reward [95 % interval]"), rows))
+    page = EvaluationPage(arguments.page) if arguments.page else None
+    config, _, prompts = _config_and_prompts(arguments, overrides, [])
+    weights = _run_weights(arguments)
+    arms = {BASE: None, RUN: weights} if weights else {BASE: None}
+    rewards, embeddings = evaluation_rewards(config), embeddings_of(config, prompts)
+    scores = evaluate(config, arms, rewards, prompts, embeddings, arguments.seed, page.keep if page else None)
+    found = summary(scores)
+    print(text_table(*figures(found)))
+    if page:
+        print(page.write(prompts, scores))
     if arguments.json:
-        figures = {name: score.to_json() for name, score in scores.items()}
-        print(json.dumps({"images": len(prompts), "reward": figures}))
+        intervals = {name: {arm: one.to_json() for arm, one in of.items()} for name, of in found.items()}
+        print(json.dumps({"images": len(prompts), "rewards": intervals}))
 
 
-def _model_and_prompts(
+def _config_and_prompts(
     arguments: argparse.Namespace, overrides: list[str], given: list[str]
-) -> tuple[Config, Any, list[str]]:
-    """The config, the model (with the run's weight average, if one is named), and the prompts asked for."""
-    from leapalign.checkpoint import load_weights, run_weights
+) -> tuple[Config, Path, list[str]]:
+    """The config, the prompt file, and the prompts that are asked for: those ``given``, else the file's."""
     from leapalign.embedded import resolve
-    from leapalign.models import load_model
     from leapalign.prompts import read_prompts
 
     config = _config(arguments.config, arguments.run, overrides)
-    prompts = given or read_prompts(Path(arguments.prompts or resolve(config.prompts.path)))
-    model = load_model(config.model)
-    if arguments.run:
-        load_weights(model.transformer, run_weights(arguments.run, arguments.weights))
-    return config, model, prompts
+    file = Path(arguments.prompts or resolve(config.prompts.path))
+    return config, file, given or read_prompts(file)
 
 
-def _generate(config: Config, model: Any, embeddings: Any, seed: int) -> Any:
-    from leapalign.generate import generate
-    from leapalign.memory.placement import place_for_sampling, training_device
+def _run_weights(arguments: argparse.Namespace) -> Path | None:
+    """The weights of the run, where one is named."""
+    from leapalign.checkpoint import run_weights
 
-    place_for_sampling(model, config.memory, training_device())
-    seeds = range(seed, seed + len(embeddings))
-    return generate(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
+    return run_weights(arguments.run, arguments.weights) if arguments.run else None
 
 
 def cache_command(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -148,7 +148,7 @@ class SamplesConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     rewards: tuple[dict[str, Any], ...] = ()
-    """Each with its ``name`` and own options, as ``reward``; empty: what is trained on."""
+    """What ``leapalign evaluate`` scores with, each with its ``name`` and own options; empty: what is trained on."""
 
 
 @dataclass(frozen=True)

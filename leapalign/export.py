@@ -72,6 +72,7 @@ def _writer(layout: str, adapter: bool) -> Callable[[Path, str, Path], str]:
 def _write_model(source: Path, base: str, target: Path) -> str:
     """The transformer, and beside it the base's other parts where they are on this machine."""
     shutil.copytree(source, target / TRANSFORMER)
+    _forget_origin(target / TRANSFORMER / "config.json")
     if not Path(base).is_dir():
         return f"only {TRANSFORMER}/ is written: the other parts are those of '{base}'"
     parts = [name for name, part in read_index(base).items() if isinstance(part, list | tuple) and part[0]]
@@ -80,6 +81,13 @@ def _write_model(source: Path, base: str, target: Path) -> str:
             _copy_part(Path(base) / name, target)
     shutil.copy(Path(base) / _INDEX, target)
     return "a model that diffusers' from_pretrained loads"
+
+
+def _forget_origin(config: Path) -> None:
+    """Drops where diffusers read the model from, which is a folder of this machine."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _copy_part(part: Path, target: Path) -> None:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from leapalign.checkpoint import load_weights
+from leapalign.config import Config
+from leapalign.memory.placement import place_for_sampling, training_device
+from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity
 from leapalign.rollout import sample_rollout
+from leapalign.validation import UserError, brief
 
 
-@torch.no_grad()
+def sampling_model(config: Config, weights: Path | None) -> FlowModel:
+    """The model that ``config`` names, ready to make images: the base, or with a checkpoint's ``weights``.
+
+    Raises UserError for weights of another model.
+    """
+    model = load_model(config.model)
+    if weights is not None:
+        try:
+            load_weights(model.transformer, weights)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"'{weights}' does not fit '{config.model.path}' ({brief(error)}); check model") from None
+    place_for_sampling(model, config.memory, training_device())
+    return model
+
+
 def generate(
     model: FlowModel,
     embeddings: Any,
@@ -22,11 +43,17 @@ def generate(
     batch_size: int = 32,
 ) -> Tensor:
     """Images ``(len(seeds), 3, H, W)`` in [0, 1]; image i comes from ``embeddings[i]`` and ``seeds[i]``."""
+    return torch.cat(list(image_batches(model, embeddings, seeds, num_steps, batch_size)))
+
+
+@torch.no_grad()
+def image_batches(
+    model: FlowModel, embeddings: Any, seeds: Sequence[int], num_steps: int, batch_size: int
+) -> Iterator[Tensor]:
+    """The images of `generate`, ``batch_size`` at a time, on the CPU."""
     sigmas = model.sigmas(num_steps)
-    images = []
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
         noise = model.draw_noise(seeds[part])
         rollout = sample_rollout(prompted_velocity(model, embeddings[part]), noise, sigmas)
-        images.append(model.decode(rollout.latents[-1]).clamp(0, 1).cpu())
-    return torch.cat(images)
+        yield model.decode(rollout.latents[-1]).clamp(0, 1).cpu()

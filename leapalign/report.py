@@ -10,7 +10,9 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; } img { max-width: 100%; } .note { color: #666; }
+th:first-child, td:first-child { text-align: left; } img { max-width: 100%; }
+.pair { display: flex; gap: 1rem; } figure { flex: 1; margin: 0; } figure img { width: 100%; }
+figcaption, .note { color: #666; }
 """
 
 

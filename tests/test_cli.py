@@ -48,7 +48,7 @@ def test_evaluate_puts_the_run_beside_the_base(run: Path, tmp_path: Path, capsys
     assert main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--json"]) == 0
     result = last_json(capsys)
     assert result["images"] == 3
-    assert set(result["reward"]) == {"base", "run"}
+    assert set(result["rewards"]["pickscore"]) == {"base", "run", "difference"}
 
 
 def test_kernels_hands_over_to_the_kernel_tools(capsys: pytest.CaptureFixture[str]) -> None:
