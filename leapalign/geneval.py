@@ -19,7 +19,7 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     if path.suffix != SUFFIX:
         return records
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for line in filter(str.strip, file):
             record = json.loads(line)
             if any(key not in record for key in KEYS):

@@ -106,11 +106,10 @@ def test_few_images_and_one_model_at_a_time(
         return model
 
     monkeypatch.setattr(generating, "load_model", counted)
-    batches: list[int] = []
+    batches: list[tuple[int, list[str]]] = []
 
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        assert len(images) == len(prompts)
-        batches.append(len(images))
+        batches.append((len(images), prompts))
         return images.mean((1, 2, 3))
 
     gc.disable()
@@ -119,7 +118,7 @@ def test_few_images_and_one_model_at_a_time(
         scores = evaluate(config, arms, {"mean": reward}, PROMPTS, encode_prompts(config.model, PROMPTS), 0)
     finally:
         gc.enable()
-    assert batches == [2, 1, 2, 1]
+    assert batches == [(2, PROMPTS[:2]), (1, PROMPTS[2:])] * 2
     assert len(models) == 2
     assert all(len(of["mean"]) == 3 for of in scores.values())
 
