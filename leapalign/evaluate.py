@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from leapalign.config import Config
 from leapalign.generate import image_batches, sampling_model
 from leapalign.memory.placement import place_reward, training_device
 from leapalign.reward_gradient import RewardFn
-from leapalign.rewards import get_reward
+from leapalign.rewards import reward_terms
 from leapalign.statistics import Interval, mean_interval
 
 BASE, RUN, DIFFERENCE = "base", "run", "difference"
@@ -30,13 +30,10 @@ def evaluation_rewards(config: Config) -> dict[str, RewardFn]:
 
     Raises UserError where one cannot be loaded.
     """
-    rewards: dict[str, RewardFn] = {}
-    for settings in config.evaluate.rewards or config.rewards:
-        name = settings["name"]
-        numbered = (f"{name}_{number}" for number in itertools.count(2))
-        free = next(candidate for candidate in itertools.chain([name], numbered) if candidate not in rewards)
-        rewards[free] = get_reward(**settings)
-        place_reward(rewards[free], training_device())
+    chosen = dataclasses.replace(config, reward=list(config.evaluate.rewards) or config.reward)
+    rewards = {term.name: term.reward for term in reward_terms(chosen)}
+    for reward in rewards.values():
+        place_reward(reward, training_device())
     return rewards
 
 

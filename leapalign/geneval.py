@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from leapalign.prompts import JSON_LINES
+
 KEYS = ("tag", "include")
 """What tells GenEval's lines from other JSON lines with a prompt."""
-SUFFIX = ".jsonl"
 
 
 def read_metadata(path: Path) -> list[dict[str, Any]]:
@@ -17,7 +18,7 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
     path: a prompt file that `leapalign.prompts.read_prompts` has read.
     """
     records: list[dict[str, Any]] = []
-    if path.suffix != SUFFIX:
+    if path.suffix.lower() not in JSON_LINES:
         return records
     with path.open(encoding="utf-8-sig") as file:
         for line in filter(str.strip, file):

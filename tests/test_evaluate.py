@@ -92,6 +92,12 @@ def test_without_a_list_the_trained_reward_is_scored(parts: Path) -> None:
     assert list(evaluation_rewards(config_of(parts, parts / "none"))) == ["pickscore"]
 
 
+def test_shares_of_the_objective_are_no_options_of_its_rewards(parts: Path) -> None:
+    one = f"{{name: pickscore, path: {parts / 'reward'}, weight: 2, threshold: 0.5}}"
+    config = config_of(parts, parts / "none", f"reward=[{one}, {one}]")
+    assert list(evaluation_rewards(config)) == ["pickscore", "pickscore_2"]
+
+
 def test_few_images_and_one_model_at_a_time(
     parts: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
