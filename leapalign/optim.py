@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +43,7 @@ class Optimizer:
         """``weights``: where they have their masters in host memory, and so have gradients and moments."""
         self._parameters = parameters
         self._weights = weights
+        self.offending: int | None = None
         self._gradients = HostGradients(parameters, weights.device) if weights else None
         self._name, self._max_grad_norm = config.name, config.max_grad_norm
         # Moments are made at once: a run that does not fit fails before its first iteration.
@@ -60,24 +62,39 @@ class Optimizer:
         """Clips, steps and clears gradients.
 
         Returns ``grad_norm``, the global norm before clipping, and ``moved``, the share of weights that changed,
-        of the first `_METER_ELEMENTS` of each parameter.
+        of the first `_METER_ELEMENTS` of each parameter. Where the norm is not finite nothing moves, ``skipped`` is 1,
+        and ``offending`` is the number of the first parameter to blame.
         """
         if self._gradients is not None:
             self._gradients.wait()
         with self.changing_weights():
             gradients = [self._gradient_of(parameter) for parameter in self._parameters]
-            norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-            self.rule.gradient_scale = min(1.0, self._max_grad_norm / (float(norm) + 1e-6))
-            before = [_watched(parameter).clone() for parameter in self._parameters]
-            self.rule.gradients = gradients
-            self.rule.step()
-            changed = [(_watched(p) != old).float() for p, old in zip(self._parameters, before, strict=True)]
-            self.average.update()
+            present = [gradient for gradient in gradients if gradient is not None]
+            norm = float(torch.nn.utils.get_total_norm(present))
+            moved = self._move(gradients, norm) if math.isfinite(norm) else 0.0
+            self.offending = None if math.isfinite(norm) else self._first_not_finite(gradients)
         self.schedule.step()
         self.rule.zero_grad(set_to_none=True)
         if self._gradients is not None:
             self._gradients.clear()
-        return {"grad_norm": float(norm), "moved": float(torch.cat(changed).mean())}
+        return {"grad_norm": norm, "moved": moved, "skipped": float(not math.isfinite(norm))}
+
+    def _move(self, gradients: list[Tensor | None], norm: float) -> float:
+        """Steps weights and average; returns the share of watched weights that changed."""
+        self.rule.gradient_scale = min(1.0, self._max_grad_norm / (norm + 1e-6))
+        before = [_watched(parameter).clone() for parameter in self._parameters]
+        self.rule.gradients = gradients
+        self.rule.step()
+        changed = [(_watched(p) != old).float() for p, old in zip(self._parameters, before, strict=True)]
+        self.average.update()
+        return float(torch.cat(changed).mean())
+
+    def _first_not_finite(self, gradients: list[Tensor | None]) -> int | None:
+        """None where each gradient is finite, and only the sum of their squares is not."""
+        for number, gradient in enumerate(gradients):
+            if gradient is not None and not bool(gradient.isfinite().all()):
+                return number
+        return None
 
     @property
     def gradient_sink(self) -> GradientSink | None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -14,6 +15,7 @@ from leapalign.durable import write_text, writing
 from leapalign.faults import point
 
 METRICS = "metrics.jsonl"
+INCIDENTS = "incidents.jsonl"
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -53,6 +55,11 @@ class MetricsLog:
                     self._events.add_scalar(name, value, int(record["iteration"]))
             self._events.flush()
             point("metrics")
+
+    def write_incident(self, incident: Mapping[str, Any]) -> None:
+        """Appends to ``incidents.jsonl`` what is known of an iteration that was skipped."""
+        with writing(self._run / INCIDENTS), (self._run / INCIDENTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(incident) + "\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ from leapalign.threshold import warn_of_thresholds
 from leapalign.true_gradient import agreement
 from leapalign.validation import UserError
 
+SKIPPED_AT_MOST = 10
+"""Iterations in a row that may pass without a finite gradient."""
+
 
 @dataclass
 class Trainer:
@@ -48,6 +52,8 @@ class Trainer:
     method: Method
     optimizer: Optimizer
     iteration: int = 0
+    incident: dict[str, Any] | None = None
+    """Of the last iteration, if its gradient was not finite."""
     order: PromptOrder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,21 +101,43 @@ class Trainer:
         A resumed run goes on after its checkpoint, so what the caller records has to be on the disk before: it is when
         the next metrics are asked for.
         """
-        config = self.config
+        config, in_a_row = self.config, 0
         while self.iteration < config.train.iterations:
             started = time.perf_counter()
             metrics = self.train_one()
+            self.incident = self._described(metrics) if metrics["skipped"] else None
+            in_a_row = in_a_row + 1 if metrics["skipped"] else 0
             if self.iteration == 0:
                 warn_of_thresholds(self.rewards, metrics)
             self.iteration += 1
             seconds = time.perf_counter() - started
             yield {"iteration": self.iteration, **metrics, "seconds": seconds}
+            if in_a_row == SKIPPED_AT_MOST:
+                raise UserError(
+                    f"{in_a_row} iterations in a row had a gradient that is not finite, and changed nothing; look into "
+                    "incidents.jsonl, lower optimizer.learning_rate, and resume from an earlier checkpoint"
+                )
             last = self.iteration == config.train.iterations
             if last or self.iteration % config.checkpoint.every == 0 or stopping():
                 transformer, keep = self.model.transformer, config.checkpoint.keep
                 save_checkpoint(Path(config.output), self.iteration, transformer, self.optimizer, keep)
                 if stopping():
                     return
+
+    def _described(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """What there is to know of an iteration that was skipped: images, prompts, and what was not finite first."""
+        total = self.config.train.batch_size
+        positions = range(self.iteration * total, (self.iteration + 1) * total)
+        names = [name for name, parameter in self.model.transformer.named_parameters() if parameter.requires_grad]
+        bad = [name for name, value in metrics.items() if name != "grad_norm" and not math.isfinite(value)]
+        if not bad and self.optimizer.offending is not None:
+            bad = [f"gradient of {names[self.optimizer.offending]}"]
+        return {
+            "iteration": self.iteration + 1,
+            "first_not_finite": bad[0] if bad else "grad_norm",
+            "prompts": [self.prompts[self.order[position]] for position in positions],
+            "noise_seeds": [seed_of(self.config.seed, NOISE_STREAM, position) for position in positions],
+        }
 
     def train_one(self) -> dict[str, float]:
         """One optimizer step over ``train.batch_size`` images; the mean of their metrics."""
