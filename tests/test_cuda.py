@@ -26,7 +26,7 @@ from leapalign.memory.simulate import simulate
 from leapalign.memory.transfer import Lane, ToHost, pinned
 from leapalign.methods import get_method
 from leapalign.models import encode_prompts, load_model
-from leapalign.rewards import get_reward
+from leapalign.rewards import reward_terms
 from leapalign.trainer import Trainer
 
 __all__ = ["parts"]
@@ -44,9 +44,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 def trainer_on(device: torch.device, config: Config) -> Trainer:
-    model, reward = load_model(config.model), get_reward(**config.reward)
+    model, rewards = load_model(config.model), reward_terms(config)
     embeddings = encode_prompts(config.model, PROMPTS)
-    return Trainer.assembled(config, model, PROMPTS, embeddings, reward, get_method(**config.method), device)
+    return Trainer.assembled(config, model, PROMPTS, embeddings, rewards, get_method(**config.method), device)
 
 
 def three_iterations(device: torch.device, config: Config) -> tuple[list[Tensor], list[dict[str, float]]]:
@@ -186,7 +186,7 @@ def test_generating_on_the_device(parts: Path, tmp_path: Path, device: torch.dev
     place_for_sampling(model, config.memory, device)
     images = generate(model, embeddings, range(5), 3, batch_size=2)
     torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-3)
-    rewards = get_reward(**config.reward).to(device)(images, PROMPTS)
+    rewards = reward_terms(config)[0].reward.to(device)(images, PROMPTS)
     assert rewards.device.type == device.type
     assert rewards.shape == (5,)
 

@@ -43,7 +43,8 @@ def contain(images: Tensor, side: int) -> Tensor:
 
 def normalised(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
     """``(images - mean) / std``, channel by channel."""
-    shift, scale = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    # In float64, so that any dtype gets them exactly rounded.
+    shift, scale = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1).to(images) for values in (mean, std))
     return (images - shift) / scale
 
 
