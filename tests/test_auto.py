@@ -21,7 +21,7 @@ __all__ = ["parts"]
 
 
 def asked(parts: Path, tmp_path: Path) -> Config:
-    return config_of(parts, tmp_path, BYTES, "train.batch_size=8", "rollout.batch_size=1", "train.microbatch=1")
+    return config_of(parts, tmp_path, BYTES, "rollout.num_steps=2", "rollout.batch_size=1", "train.microbatch=1")
 
 
 def test_plenty_of_memory_buys_the_fastest_of_everything(parts: Path, tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_plenty_of_memory_buys_the_fastest_of_everything(parts: Path, tmp_path: 
         "resident",
         "none",
     )
-    assert (config.rollout.batch_size, config.train.microbatch, config.train.reward_chunk) == (8, 8, None)
+    assert (config.rollout.batch_size, config.train.microbatch, config.train.reward_chunk) == (4, 4, None)
     assert found == simulate(config)
     assert "memory.optimizer=device" in settings
 
