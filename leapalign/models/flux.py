@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from leapalign.config import ModelConfig
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
+from leapalign.models.latents import decoded, normal_latents, resolution_shift
 from leapalign.models.text_encoders import TextEncoder, load_pipeline
 from leapalign.validation import UserError
 
@@ -84,19 +84,11 @@ class FluxModel:
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents, one seed an image: ``(len(seeds), tokens, channels)`` float32."""
         shape = (self.rows * self.columns, self.transformer.config.in_channels)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+        return normal_latents(seeds, shape).to(self.device)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The scheduler's noise levels ``(num_steps + 1,)`` for this resolution, ending at 0."""
-        config = self.scheduler.config
-        shift = calculate_shift(
-            self.rows * self.columns,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
+        shift = resolution_shift(self.scheduler.config, self.rows * self.columns)
         levels = np.linspace(1.0, 1.0 / num_steps, num_steps)
         self.scheduler.set_timesteps(sigmas=levels, mu=shift)
         return self.scheduler.sigmas.clone()
@@ -128,12 +120,8 @@ class FluxModel:
         unpacked = latents.view(batch, self.rows, self.columns, channels // 4, 2, 2)
         unpacked = unpacked.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * self.rows, 2 * self.columns)
         if self.vae is None:
-            pixels = torch.nn.functional.pixel_shuffle(unpacked, 2)
-        else:
-            config = self.vae.config
-            scaled = unpacked / config.scaling_factor + config.shift_factor
-            pixels = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].to(latents.dtype)
-        return pixels / 2 + 0.5
+            return torch.nn.functional.pixel_shuffle(unpacked, 2) / 2 + 0.5
+        return decoded(self.vae, unpacked)
 
 
 def _clip(pipeline: Any) -> TextEncoder:

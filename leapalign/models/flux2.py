@@ -23,6 +23,7 @@ from torch import Tensor
 from leapalign.config import ModelConfig
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
+from leapalign.models.latents import normal_latents
 from leapalign.models.text_encoders import TextEncoder, load_pipeline
 from leapalign.validation import UserError
 
@@ -79,8 +80,7 @@ class Flux2Model:
         """Standard normal latents, one seed an image, as the pipeline draws them: ``(len(seeds), tokens, channels)``
         float32."""
         shape = (self.transformer.config.in_channels, self.rows, self.columns)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return Flux2KleinPipeline._pack_latents(torch.stack(noise)).to(self.device)
+        return Flux2KleinPipeline._pack_latents(normal_latents(seeds, shape)).to(self.device)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The scheduler's noise levels ``(num_steps + 1,)`` for this resolution and number, ending at 0."""

@@ -13,12 +13,12 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor
 
 from leapalign.config import ModelConfig
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
+from leapalign.models.latents import normal_latents, resolution_shift
 from leapalign.models.text_encoders import TextEncoder, load_pipeline
 from leapalign.validation import UserError
 
@@ -79,19 +79,11 @@ class QwenImageModel:
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents, one seed an image: ``(len(seeds), tokens, channels)`` float32."""
         shape = (self.rows * self.columns, self.transformer.config.in_channels)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+        return normal_latents(seeds, shape).to(self.device)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The scheduler's noise levels ``(num_steps + 1,)`` for this resolution, ending at 0."""
-        config = self.scheduler.config
-        shift = calculate_shift(
-            self.rows * self.columns,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
+        shift = resolution_shift(self.scheduler.config, self.rows * self.columns)
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps), mu=shift)
         return self.scheduler.sigmas.clone()
 

@@ -12,12 +12,12 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
 from leapalign.config import ModelConfig
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
+from leapalign.models.latents import decoded, normal_latents, resolution_shift
 from leapalign.models.text_encoders import TextEncoder, load_pipeline
 from leapalign.validation import UserError
 
@@ -86,19 +86,12 @@ class StableDiffusion3Model:
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents, one seed an image: ``(len(seeds), C, H/8, W/8)`` float32."""
         shape = (self.transformer.config.in_channels, self.rows, self.columns)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+        return normal_latents(seeds, shape).to(self.device)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The scheduler's noise levels ``(num_steps + 1,)``, for this resolution where they depend on it."""
         config, patch = self.scheduler.config, self.transformer.config.patch_size
-        shift = calculate_shift(
-            (self.rows // patch) * (self.columns // patch),
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
+        shift = resolution_shift(config, (self.rows // patch) * (self.columns // patch))
         self.scheduler.set_timesteps(num_steps, mu=shift if config.use_dynamic_shifting else None)
         return self.scheduler.sigmas.clone()
 
@@ -118,10 +111,7 @@ class StableDiffusion3Model:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images ``(B, 3, H, W)``; about [0, 1], not clamped."""
-        vae = self.decoder
-        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].to(latents.dtype)
-        return pixels / 2 + 0.5
+        return decoded(self.decoder, latents)
 
 
 def _clip(pipeline: Any) -> TextEncoder:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from torch import Tensor
 from torch.nn.functional import pad
 
 from leapalign.config import ModelConfig
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
+from leapalign.models.latents import decoded, normal_latents, resolution_shift
 from leapalign.models.text_encoders import TextEncoder, load_pipeline
 from leapalign.validation import UserError
 
@@ -79,19 +80,11 @@ class ZImageModel:
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents, one seed an image: ``(len(seeds), C, H/8, W/8)`` float32."""
         shape = (self.transformer.config.in_channels, self.rows, self.columns)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device)
+        return normal_latents(seeds, shape).to(self.device)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """The scheduler's noise levels ``(num_steps + 1,)``, for this resolution where they depend on it."""
-        config = self.scheduler.config
-        shift = calculate_shift(
-            (self.rows // 2) * (self.columns // 2),
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
+        shift = resolution_shift(self.scheduler.config, (self.rows // 2) * (self.columns // 2))
         self.scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(num_steps), mu=shift)
         return self.scheduler.sigmas.clone()
 
@@ -112,10 +105,7 @@ class ZImageModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images ``(B, 3, H, W)``; about [0, 1], not clamped."""
-        vae = self.decoder
-        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].to(latents.dtype)
-        return pixels / 2 + 0.5
+        return decoded(self.decoder, latents)
 
 
 def _prompts(embeddings: PromptEmbeddings) -> list[Tensor]:
