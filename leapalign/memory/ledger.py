@@ -96,6 +96,10 @@ class StorageLedger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        for side in (self.device, self.host):
+            # A stage that makes nothing of its own still holds what was alive when it began.
+            if side.total and STAGE.get() not in side.peaks:
+                self._add(side, ROLE.get(), 0)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
