@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -9,6 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from leapalign.guards import drop_rollouts, first_fault
 from leapalign.memory.residency import made_for, stage
 from leapalign.methods import Method
 from leapalign.reward_gradient import RewardGradient, RewardTerm, reward_gradient
@@ -83,7 +85,11 @@ def method_backward(
     ``gradient_term_R`` (the norm of row R's cotangent) and ``discount_R`` (what its input's gradient was multiplied
     by). Of several rewards the first two are weighted sums and the third is a mean; each has its own, too, as
     ``reward_NAME``, and ``reward_gradient_NAME``, the norm of its part of the gradient at the rewarded latents.
+
+    A sample whose latents, reward or reward gradient are not finite adds nothing to the gradient, counts as a loss of
+    0 in the mean, and has nan for its other metrics. ``fault`` says which these are, see `leapalign.guards`.
     """
+    broken = drop_rollouts(rollout)
     trajectory = method.trajectory(rollout, velocity, **indices)
     if trajectory is not rollout:
         velocity = velocity.select(torch.arange(trajectory.batch_size) % len(prompts))
@@ -91,9 +97,16 @@ def method_backward(
     all_scored = objective.score(method.reward_latents(trajectory, **indices), prompts)
     # Columns that reward the same latents share one gradient.
     rewarded = torch.arange(plan.index.shape[1]) % len(all_scored[0].rewards)
+    fault = first_fault(broken, all_scored)[rewarded]
+    skipped = fault > 0
+    if float((~skipped).float().mean()) < 1:
+        # Without a coefficient a column is left out of the backward pass: what is nan there would not become 0.
+        plan = replace(plan, coefficient=plan.coefficient.masked_fill(skipped.cpu(), 0))
     parts, found = [], []
     for term, scored in zip(objective.terms, all_scored, strict=True):
-        reward, gradient = scored.rewards[rewarded].requires_grad_(), scored.gradient[rewarded]
+        # At its threshold a reward has no loss; one column's nan would be everybody's.
+        reward = scored.rewards[rewarded].masked_fill(skipped, term.threshold).requires_grad_()
+        gradient = scored.gradient[rewarded]
         loss, diagnostics = method.loss(reward, term.threshold, trajectory, **indices)
         (loss_gradient,) = torch.autograd.grad(share * term.weight * loss, reward)
         parts.append(per_sample(loss_gradient, gradient) * gradient)
@@ -116,12 +129,15 @@ def method_backward(
             gradient_sink=gradient_sink,
             applied_discount=discount,
         )
-    return {
+    metrics = {
         **_of_all(objective.terms, found),
         **diagnostics,
         **{f"gradient_term_{row}": norms for row, norms in enumerate(terms)},
         **{f"discount_{row}": discount[row] for row in range(1, len(terms)) if plan.discount[row] != 0},
     }
+    by_column = {name: value for name, value in metrics.items() if value.shape == skipped.shape and name != "loss"}
+    seen = {name: value.masked_fill(skipped.to(value.device), math.nan) for name, value in by_column.items()}
+    return {**metrics, **seen, "fault": fault}
 
 
 def _of_all(terms: Sequence[RewardTerm], found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -58,12 +58,12 @@ class Optimizer:
     def learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
 
-    def step(self) -> dict[str, float]:
-        """Clips, steps and clears gradients.
+    def step(self, hold: bool = False) -> dict[str, float]:
+        """Clips, steps and clears gradients; ``hold``: moves nothing, as there was nothing to learn from.
 
         Returns ``grad_norm``, the global norm before clipping, and ``moved``, the share of weights that changed,
-        of the first `_METER_ELEMENTS` of each parameter. Where the norm is not finite nothing moves, ``skipped`` is 1,
-        and ``offending`` is the number of the first parameter to blame.
+        of the first `_METER_ELEMENTS` of each parameter. Where the norm is not finite nothing moves, either, and
+        ``offending`` is the number of the first parameter to blame. ``skipped`` is 1 where nothing moved.
         """
         if self._gradients is not None:
             self._gradients.wait()
@@ -71,13 +71,14 @@ class Optimizer:
             gradients = [self._gradient_of(parameter) for parameter in self._parameters]
             present = [gradient for gradient in gradients if gradient is not None]
             norm = float(torch.nn.utils.get_total_norm(present))
-            moved = self._move(gradients, norm) if math.isfinite(norm) else 0.0
+            skipped = hold or not math.isfinite(norm)
+            moved = 0.0 if skipped else self._move(gradients, norm)
             self.offending = None if math.isfinite(norm) else self._first_not_finite(gradients)
         self.schedule.step()
         self.rule.zero_grad(set_to_none=True)
         if self._gradients is not None:
             self._gradients.clear()
-        return {"grad_norm": norm, "moved": moved, "skipped": float(not math.isfinite(norm))}
+        return {"grad_norm": norm, "moved": moved, "skipped": float(skipped)}
 
     def _move(self, gradients: list[Tensor | None], norm: float) -> float:
         """Steps weights and average; returns the share of watched weights that changed."""

@@ -77,8 +77,7 @@ def run_training(trainer: Trainer, stopping: Callable[[], bool] = lambda: False)
             save_samples(trainer)
         for record in trainer.run(stopping):
             log.write(record)
-            if trainer.incident is not None:
-                log.write_incident(trainer.incident)
+            log.write_incidents(trainer.incidents)
             seconds += record["seconds"]
             shown = {name: f"{record[name]:.3g}" for name in SHOWN if name in record}
             bar.set_postfix({**shown, "s/it": f"{record['seconds']:.2f}"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,11 @@ INCIDENTS = "incidents.jsonl"
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """All complete lines of the run's metrics, oldest first; empty where there are none."""
-    path = run / METRICS
+    return read_records(run / METRICS)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of the JSON lines at ``path``; empty where there are none."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
@@ -34,9 +38,11 @@ class MetricsLog:
         self._run, self._iteration = run, iteration
 
     def __enter__(self) -> MetricsLog:
-        kept = [record for record in read_metrics(self._run) if record["iteration"] <= self._iteration]
+        for path in (self._run / METRICS, self._run / INCIDENTS):
+            if path.exists() or path.name == METRICS:
+                kept = [record for record in read_records(path) if record["iteration"] <= self._iteration]
+                write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         path = self._run / METRICS
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         with writing(path):
             self._file = path.open("a", encoding="utf-8")
             self._events = SummaryWriter(str(self._run / "tensorboard"), purge_step=self._iteration + 1)
@@ -56,10 +62,11 @@ class MetricsLog:
             self._events.flush()
             point("metrics")
 
-    def write_incident(self, incident: Mapping[str, Any]) -> None:
-        """Appends to ``incidents.jsonl`` what is known of an iteration that was skipped."""
-        with writing(self._run / INCIDENTS), (self._run / INCIDENTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(incident) + "\n")
+    def write_incidents(self, incidents: Sequence[Mapping[str, Any]]) -> None:
+        """Appends to ``incidents.jsonl`` what is known of samples and iterations that were skipped."""
+        if incidents:
+            with writing(self._run / INCIDENTS), (self._run / INCIDENTS).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(incident) + "\n" for incident in incidents)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

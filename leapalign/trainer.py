@@ -15,6 +15,7 @@ from torch import Tensor
 from leapalign.checkpoint import load_checkpoint, save_checkpoint
 from leapalign.config import Config
 from leapalign.embedded import resolve
+from leapalign.guards import fault_names
 from leapalign.memory.placement import place, training_device
 from leapalign.memory.residency import stage
 from leapalign.method_gradient import Objective, draw_several, joined, method_backward
@@ -52,8 +53,8 @@ class Trainer:
     method: Method
     optimizer: Optimizer
     iteration: int = 0
-    incident: dict[str, Any] | None = None
-    """Of the last iteration, if its gradient was not finite."""
+    incidents: list[dict[str, Any]] = field(default_factory=list)
+    """Of the last iteration: what was not finite, sample by sample, and then as a whole."""
     order: PromptOrder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,7 +106,6 @@ class Trainer:
         while self.iteration < config.train.iterations:
             started = time.perf_counter()
             metrics = self.train_one()
-            self.incident = self._described(metrics) if metrics["skipped"] else None
             in_a_row = in_a_row + 1 if metrics["skipped"] else 0
             if self.iteration == 0:
                 warn_of_thresholds(self.rewards, metrics)
@@ -124,47 +124,71 @@ class Trainer:
                 if stopping():
                     return
 
-    def _described(self, metrics: dict[str, float]) -> dict[str, Any]:
-        """What there is to know of an iteration that was skipped: images, prompts, and what was not finite first."""
-        total = self.config.train.batch_size
-        positions = range(self.iteration * total, (self.iteration + 1) * total)
-        names = [name for name, parameter in self.model.transformer.named_parameters() if parameter.requires_grad]
-        bad = [name for name, value in metrics.items() if name != "grad_norm" and not math.isfinite(value)]
-        if not bad and self.optimizer.offending is not None:
-            bad = [f"gradient of {names[self.optimizer.offending]}"]
-        return {
-            "iteration": self.iteration + 1,
-            "first_not_finite": bad[0] if bad else "grad_norm",
-            "prompts": [self.prompts[self.order[position]] for position in positions],
-            "noise_seeds": [seed_of(self.config.seed, NOISE_STREAM, position) for position in positions],
-        }
-
     def train_one(self) -> dict[str, float]:
         """One optimizer step over ``train.batch_size`` images; the mean of their metrics."""
         metrics = self.accumulate_gradients()
         metrics["learning_rate"] = self.optimizer.learning_rate
         with stage("optimizer"):
-            return metrics | self.optimizer.step()
+            metrics |= self.optimizer.step(hold=metrics["skipped_samples"] == self.config.train.batch_size)
+        if not math.isfinite(metrics["grad_norm"]):
+            names = [name for name, parameter in self.model.transformer.named_parameters() if parameter.requires_grad]
+            blamed = self.optimizer.offending
+            what = "norm of the gradient" if blamed is None else f"gradient of {names[blamed]}"
+            self.incidents.append(self._incident(what, self._positions, {}))
+        return metrics
+
+    @property
+    def _positions(self) -> range:
+        """Of this iteration's images in the run."""
+        total = self.config.train.batch_size
+        return range(self.iteration * total, (self.iteration + 1) * total)
 
     def accumulate_gradients(self) -> dict[str, float]:
         """The gradient of this iteration's mean loss, rollout by rollout; the mean of the images' metrics."""
         config = self.config
         total = config.train.batch_size
         size = min(config.rollout.batch_size, total)
-        first = self.iteration * total
+        first = self._positions.start
         generator = torch.Generator().manual_seed(seed_of(config.seed, INDEX_STREAM, first))
         # For all images at once, so that how many share a rollout changes nothing.
         draws = draw_several(self.method, config.train.leaps_per_rollout, config.rollout.num_steps, total, generator)
-        parts = [
-            self._accumulate(
-                range(first + start, first + start + size),
-                joined(draws, slice(start, start + size)),
-                share=size / total,
-            )
-            for start in range(0, total, size)
-        ]
+        parts, self.incidents, skipped = [], [], 0
+        for start in range(0, total, size):
+            indices = joined(draws, slice(start, start + size))
+            positions = range(first + start, first + start + size)
+            part = self._accumulate(positions, indices, share=size / total)
+            faults = part.pop("fault")
+            # One look at the device, where all is well.
+            if float((faults == 0).float().mean()) < 1:
+                skipped += self._note_faults(faults.tolist(), positions, indices)
+            parts.append(part)
         # The first part may have measured more than the others.
-        return {name: float(torch.cat([part[name] for part in parts if name in part]).mean()) for name in parts[0]}
+        columns = {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
+        return {
+            **{name: float(column.nanmean()) for name, column in columns.items()},
+            "skipped_samples": float(skipped),
+        }
+
+    def _note_faults(self, faults: list[int], positions: range, indices: dict[str, Tensor]) -> int:
+        """Writes down what was not finite in the columns of a rollout; returns of how many of its samples."""
+        names = fault_names([term.name for term in self.rewards])
+        found: dict[int, tuple[str, dict[str, Any]]] = {}
+        for column, fault in enumerate(faults):
+            if fault:
+                drawn = {name: index[..., column].tolist() for name, index in indices.items()}
+                found.setdefault(positions[column % len(positions)], (names[fault], drawn))
+        for position, (what, drawn) in found.items():
+            self.incidents.append(self._incident(what, range(position, position + 1), drawn))
+        return len(found)
+
+    def _incident(self, what: str, positions: range, indices: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration + 1,
+            "first_not_finite": what,
+            "prompts": [self.prompts[self.order[position]] for position in positions],
+            "noise_seeds": [seed_of(self.config.seed, NOISE_STREAM, position) for position in positions],
+            "indices": indices,
+        }
 
     def _accumulate(self, positions: range, indices: dict[str, Tensor], share: float) -> dict[str, Tensor]:
         """Adds the gradient of ``share`` times the mean loss over the images at ``positions`` of the run."""

@@ -1,8 +1,8 @@
-"""A gradient that is not finite moves nothing, is written down, and does not go on for ever."""
+"""What is not finite moves nothing, is written down, and does not go on for ever."""
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from leapalign.checkpoint import latest_checkpoint
 from leapalign.run import run_training
-from leapalign.run_folder import read_metrics
+from leapalign.run_folder import MetricsLog, read_metrics, read_records
 from leapalign.trainer import SKIPPED_AT_MOST, Trainer
 from leapalign.validation import UserError
 
 __all__ = ["parts"]
 
 
-def failing(trainer: Trainer, calls: set[int]) -> None:
-    """Has the reward return nan in these of its calls."""
+def failing(trainer: Trainer, calls: set[int], sample: int | slice = slice(None), back: bool = False) -> None:
+    """Has the reward of some samples be nan in these of its calls; ``back``: its gradient alone."""
     (term,) = trainer.rewards
     count = 0
 
@@ -29,7 +29,12 @@ def failing(trainer: Trainer, calls: set[int]) -> None:
         nonlocal count
         count += 1
         scores = term.reward(images, prompts)
-        return scores * float("nan") if count in calls else scores
+        if count in calls:
+            bad = torch.zeros_like(scores)
+            bad[sample] = math.nan
+            # The square root of 0 has no finite slope.
+            scores = scores + (scores[sample].mul(0).sqrt().sum() if back else bad)
+        return scores
 
     trainer.rewards = [type(term)(term.name, reward, term.threshold)]
 
@@ -53,17 +58,66 @@ def test_an_iteration_without_a_finite_gradient_is_skipped(
     assert bool(before.isfinite().all())
 
 
-def test_incidents_say_what_and_where(parts: Path, tmp_path: Path) -> None:
-    trainer = Trainer.from_config(config_of(parts, tmp_path, "train.iterations=3"))
+def satisfied(trainer: Trainer, sample: int) -> None:
+    """Has the reward of one sample lie above the threshold, so that it carries no gradient."""
+    (term,) = trainer.rewards
+
+    def reward(images: Tensor, prompts: Any) -> Tensor:
+        scores = term.reward(images, prompts)
+        return scores + 2 * term.threshold * torch.nn.functional.one_hot(torch.tensor(sample), len(scores))
+
+    trainer.rewards = [type(term)(term.name, reward, term.threshold)]
+
+
+def gradient_of(trainer: Trainer) -> list[Tensor]:
+    gradients = []
+    for parameter in trainer.model.transformer.parameters():
+        gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone())
+        parameter.grad = None
+    return gradients
+
+
+@pytest.mark.parametrize("what", ["reward", "gradient", "latents"])
+def test_a_sample_that_is_not_finite_takes_no_part(parts: Path, tmp_path: Path, what: str) -> None:
+    asked = ("rollout.batch_size=4", "train.batch_size=4", "train.microbatch=1")
+    trainer = Trainer.from_config(config_of(parts, tmp_path, *asked))
+    left_out = Trainer.from_config(config_of(parts, tmp_path, *asked))
+    embedded = trainer.order[2]
+    assert [trainer.order[position] for position in range(4)].count(embedded) == 1
+    if what == "latents":
+        for tensor in trainer.embeddings.tensors():
+            tensor[embedded] = math.nan
+    else:
+        failing(trainer, {1}, 2, back=what == "gradient")
+    satisfied(left_out, 2)
+    metrics = trainer.accumulate_gradients()
+    left_out.accumulate_gradients()
+    assert all(torch.equal(a, b) for a, b in zip(gradient_of(trainer), gradient_of(left_out), strict=True))
+    assert metrics["skipped_samples"] == 1
+    assert math.isfinite(metrics["reward"])
+    assert math.isfinite(metrics["loss"])
+    (incident,) = trainer.incidents
+    named = {"reward": "reward pickscore", "gradient": "gradient of reward pickscore", "latents": "latents"}
+    assert incident["first_not_finite"] == named[what]
+    assert incident["prompts"] == [trainer.prompts[embedded]]
+    assert set(incident["indices"]) == {"k", "j"}
+
+
+def test_incidents_say_what_and_where_and_a_resumed_run_does_not_repeat_them(parts: Path, tmp_path: Path) -> None:
+    trainer = Trainer.from_config(config_of(parts, tmp_path, "train.iterations=3", "checkpoint.every=1"))
     failing(trainer, {2})
     run_training(trainer)
-    (line,) = (tmp_path / "incidents.jsonl").read_text().splitlines()
-    incident = json.loads(line)
-    assert incident["iteration"] == 2
-    assert incident["first_not_finite"] == "reward"
-    assert len(incident["prompts"]) == len(incident["noise_seeds"]) == 4
-    assert set(incident["prompts"]) <= set(PROMPTS)
+    path = tmp_path / "incidents.jsonl"
+    incidents = read_records(path)
+    assert [incident["iteration"] for incident in incidents] == [2] * 4
+    assert {incident["first_not_finite"] for incident in incidents} == {"reward pickscore"}
+    assert {prompt for incident in incidents for prompt in incident["prompts"]} <= set(PROMPTS)
     assert [record["skipped"] for record in read_metrics(tmp_path)] == [0, 1, 0]
+    path.write_text(path.read_text() + '{"iteration": 3, "first')
+    with MetricsLog(tmp_path, 2):
+        assert read_records(path) == incidents
+    with MetricsLog(tmp_path, 1):
+        assert path.read_text() == ""
 
 
 def test_too_many_in_a_row_end_the_run_with_good_weights(parts: Path, tmp_path: Path) -> None:
