@@ -11,8 +11,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(VENV)/bin/leapalign demo $(ARGS)
 
+# A process for each core, with one thread each: two threads in one process would wait for each other most of the time.
 test: $(INSTALLED)
-	$(VENV)/bin/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses=auto --dist=loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,33 +15,47 @@ from leapalign import cli
 from leapalign.config import Config, override, save_config
 from leapalign.memory import auto
 from leapalign.memory.auto import FILLED, fastest
-from leapalign.memory.simulate import simulate
+from leapalign.memory.simulate import Simulation, simulate
 from leapalign.validation import UserError, validated
 
 __all__ = ["parts"]
 
 
-def asked(parts: Path, tmp_path: Path) -> Config:
-    return config_of(parts, tmp_path, BYTES, "rollout.num_steps=2", "rollout.batch_size=1", "train.microbatch=1")
+@pytest.fixture(autouse=True, scope="module")
+def simulated_once() -> Iterator[None]:
+    """Whoever asks for the simulation of a configuration, it runs once."""
+    found: dict[str, Simulation] = {}
+
+    def once(config: Config) -> Simulation:
+        key = repr(config)
+        return found[key] if key in found else found.setdefault(key, simulate(config))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto, "simulate", once)
+        yield
 
 
-def test_plenty_of_memory_buys_the_fastest_of_everything(parts: Path, tmp_path: Path) -> None:
-    settings, config, found = fastest(asked(parts, tmp_path), 2**40)
+def asked(parts: Path) -> Config:
+    return config_of(parts, parts / "run", BYTES, "rollout.num_steps=2", "rollout.batch_size=1", "train.microbatch=1")
+
+
+def test_plenty_of_memory_buys_the_fastest_of_everything(parts: Path) -> None:
+    settings, config, found = fastest(asked(parts), 2**40)
     assert (config.memory.optimizer, config.memory.weights, config.memory.checkpointing) == (
         "device",
         "resident",
         "none",
     )
     assert (config.rollout.batch_size, config.train.microbatch, config.train.reward_chunk) == (4, 4, None)
-    assert found == simulate(config)
+    assert found == simulate(config), "nothing is left from other candidates"
     assert "memory.optimizer=device" in settings
 
 
-def test_less_memory_makes_it_slower_step_by_step(parts: Path, tmp_path: Path) -> None:
+def test_less_memory_makes_it_slower_step_by_step(parts: Path) -> None:
     """Every result fits, and a micro-batch twice as large would not."""
-    config = asked(parts, tmp_path)
+    config = asked(parts)
     most = fastest(config, 2**40)[2].device_peak
-    least = simulate(applied(config, *auto.PLACES[-1], *auto.SMALLEST)).device_peak
+    least = auto.simulate(applied(config, *auto.PLACES[-1], *auto.SMALLEST)).device_peak
     places = []
     for share in (0.9, 0.1):
         memory = (least + share * (most - least)) / FILLED
@@ -49,7 +64,7 @@ def test_less_memory_makes_it_slower_step_by_step(parts: Path, tmp_path: Path) -
         places.append(settings[:2])
         size = 2 * (chosen.train.microbatch or 0)
         if size <= chosen.rollout.batch_size:
-            larger = simulate(applied(config, *settings, f"train.microbatch={size}"))
+            larger = auto.simulate(applied(config, *settings, f"train.microbatch={size}"))
             assert larger.device["surrogate"].total > memory * FILLED
     assert places == sorted(places, key=auto.PLACES.index)
     assert len(set(places)) > 1
@@ -65,7 +80,7 @@ def test_the_command_prints_settings_that_can_be_pasted(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "config.yaml"
-    save_config(asked(parts, tmp_path), path)
+    save_config(asked(parts), path)
     assert cli.main(["memory", "--config", str(path), "--auto", "--gpu-memory", "1GiB", "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out.splitlines()[-1])
