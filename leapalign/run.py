@@ -14,6 +14,7 @@ from leapalign.config import Config, save_config
 from leapalign.durable import beside, make_folder, writing
 from leapalign.faults import point
 from leapalign.generate import generate
+from leapalign.memory.shortage import setup_shortage_explained, shortage_explained
 from leapalign.pictures import image_grid
 from leapalign.run_folder import METRICS, MetricsLog
 from leapalign.run_lock import run_lock
@@ -49,11 +50,13 @@ def opened_run(config: Config, resume: bool) -> Iterator[Trainer]:
         if resume:
             # At once: a second model in memory could end the first process.
             held.enter_context(run_lock(run))
-            trainer = Trainer.from_config(config)
+            with setup_shortage_explained():
+                trainer = Trainer.from_config(config)
             prepare_resume(trainer)
         else:
             refuse_used_folder(run)
-            trainer = Trainer.from_config(config)
+            with setup_shortage_explained():
+                trainer = Trainer.from_config(config)
             with writing(run):
                 make_folder(run)
             held.enter_context(run_lock(run))
@@ -72,7 +75,7 @@ def run_training(trainer: Trainer, stopping: Callable[[], bool] = lambda: False)
     save_config(config, run / "config.yaml")
     seconds = 0.0
     bar = tqdm(total=config.train.iterations, initial=trainer.iteration, desc="train", unit="it")
-    with MetricsLog(run, trainer.iteration) as log, bar:
+    with MetricsLog(run, trainer.iteration) as log, bar, shortage_explained(trainer):
         if trainer.iteration == 0:
             save_samples(trainer)
         for record in trainer.run(stopping):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def run(profile: Path, parts: Path, output: Path, *assignments: str) -> list[dic
         "rollout.num_steps=3",
         "train.batch_size=4",
         "train.iterations=10",
+        "checkpoint.every=5",
         "samples.count=1",
     )
     assert cli.main(["train", "--config", str(profile), *settings, *assignments]) == 0
@@ -53,6 +56,19 @@ def test_profiles_differ_in_places_only(profile: Path, parts: Path, plain: Any, 
     for record, expected in zip(run(profile, parts, tmp_path, *TOGETHER), plain["bfloat16"], strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=2**-8)
         assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2**-6)
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_resumed_runs_are_the_same_to_the_bit(profile: Path, parts: Path, tmp_path: Path) -> None:
+    """The checkpoint's manifest holds the SHA-256 of weights, average and optimizer states."""
+    metrics = run(profile, parts, tmp_path, *TOGETHER)
+    last = tmp_path / "checkpoints" / "step-10"
+    manifest = json.loads((last / "manifest.json").read_text())
+    shutil.rmtree(last)
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 0
+    assert without_time(read_metrics(tmp_path)) == metrics
+    assert json.loads((last / "manifest.json").read_text()) == manifest
+    assert {Path(name).suffix for name in manifest["files"]} > {".safetensors"}
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from leapalign.config import Config
+from leapalign.memory.residency import Role, Stage
 from leapalign.memory.simulate import GPUS, Simulation, gib, step_seconds
 from leapalign.report import text_table
 from leapalign.validation import UserError
@@ -45,11 +47,15 @@ def advice(found: Simulation, gpu_memory: int, config: Config) -> str | None:
     """The setting to change first, None where the configuration fits."""
     if found.device_peak <= gpu_memory:
         return None
-    memory = config.memory
     name, peak = max(found.device.items(), key=lambda e: e[1].total)
-    role = max(peak.by_role, key=lambda r: peak.by_role[r])
-    # Cheapest in speed first.
-    if name == "reward" and peak.by_role.get("reward", 0) > peak.by_role.get("activations", 0):
+    return change(name, peak.by_role, config)
+
+
+def change(name: Stage, by_role: Mapping[Role, int], config: Config) -> str:
+    """The setting to change where the memory ran out in stage ``name``, with ``by_role`` alive; cheapest in speed."""
+    memory = config.memory
+    role = max(by_role, key=lambda r: by_role[r])
+    if name == "reward" and by_role.get("reward", 0) > by_role.get("activations", 0):
         if config.train.reward_chunk != 1:
             return "set train.reward_chunk to 1: the reward stage is the largest"
         if not memory.checkpoint_decoder:

@@ -1,0 +1,87 @@
+"""Memory that runs out is told as what took it, and which setting to change."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from child_runs import exit_code, started
+from test_trainer import config_of, parts
+
+from leapalign.config import Config
+from leapalign.memory.residency import stage
+from leapalign.memory.shortage import bytes_by_role
+from leapalign.run import opened_run, run_training
+from leapalign.trainer import Trainer
+from leapalign.validation import UserError
+
+__all__ = ["parts"]
+MESSAGE = (
+    r"memory ran out in the surrogate stage of iteration 1, with weights .* GiB.* alive \(.*\); "
+    r"set memory\.checkpointing to blocks: .*; then go on with --resume {run}"
+)
+
+
+def test_a_device_out_of_memory_is_explained(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened_run(config_of(parts, tmp_path), resume=False) as trainer:
+
+        def short() -> dict[str, float]:
+            with stage("surrogate"):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        monkeypatch.setattr(trainer, "train_one", short)
+        with pytest.raises(UserError, match=MESSAGE.format(run=re.escape(str(tmp_path)))):
+            run_training(trainer)
+
+
+def test_entries_are_those_of_the_run(parts: Path, tmp_path: Path) -> None:
+    trainer = Trainer.from_config(config_of(parts, tmp_path, "optimizer.name=adamw"))
+    trainer.train_one()
+    trainer.accumulate_gradients()
+    used = bytes_by_role(trainer)
+    size = sum(4 * parameter.numel() for parameter in trainer.model.transformer.parameters())
+    assert used["gradients"] == size
+    assert used["optimizer"] == pytest.approx(2 * size, rel=0.01)
+    decoder = trainer.model.decoder
+    assert used["weights"] == size + (sum(4 * p.numel() for p in decoder.parameters()) if decoder else 0)
+    assert used["reward"] == sum(4 * p.numel() for term in trainer.rewards for p in term.reward.parameters())
+
+
+def test_a_device_too_small_for_the_weights_is_told_before_anything_is_written(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 22.00 GiB.")
+
+    monkeypatch.setattr("leapalign.trainer.place", short)
+    run = tmp_path / "run"
+    message = r"weights and optimizer states.*22\.00 GiB.*--auto"
+    with pytest.raises(UserError, match=message), opened_run(config_of(parts, run), resume=False):
+        pass
+    assert not run.exists()
+
+
+def starved(config: Config, folder: Path) -> None:
+    """Trains with little more address space than what is taken before; for `started`."""
+    torch.set_num_threads(1)
+    with opened_run(config, resume=False) as trainer:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 2**28
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            run_training(trainer)
+        except UserError as error:
+            (folder / "message").write_text(str(error))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of a process's memory")
+def test_host_memory_that_really_runs_out_is_explained(parts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = config_of(parts, run, "model.height=512", "model.width=512", "samples.count=1")
+    assert exit_code(started(starved, config, tmp_path)) == 0
+    message = (tmp_path / "message").read_text()
+    assert re.search(r"memory ran out in the \w+ stage of iteration 1, with .*tried to allocate.*--resume", message)
