@@ -2,8 +2,8 @@
 
     python benchmarks/families.py > benchmarks/results/families.jsonl
 
-All weights are trained. Models that are not distilled to take guidance as an input sample with classifier-free guidance,
-one velocity after the other.
+All weights are trained. Models that do not take guidance as an input sample with classifier-free guidance, one velocity
+after the other.
 """
 
 from __future__ import annotations
