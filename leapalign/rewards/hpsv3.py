@@ -22,11 +22,14 @@ from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
 from leapalign.rewards.hpsv3_prompt import IMAGE_TOKEN, REWARD_TOKEN, conversation
 from leapalign.rewards.preprocessing import normalised, resize
+from leapalign.rewards.simulated import QWEN2_VL_7B
 from leapalign.validation import UserError, brief
 
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28
 """That every image is brought to, but for rounding to whole patches."""
+TEXT_TOKENS = 700
+"""Of a conversation in a simulation: what HPSv3 asks, and a prompt of about a hundred."""
 HEAD = {"0": 1024, "3": 16, "5": 2}
 """Linear layers of the head and how wide they are, ReLU between; 1, 2 and 4 hold no tensors. It yields mu, sigma."""
 
@@ -60,14 +63,14 @@ class HPSv3:
         model, head = _networks(config, _published_tensors(file), file, getattr(torch, self.dtype))
         if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
             _fuse(model)
-        return HPSv3Scorer(model, head, tokenizer)
+        return HPSv3Scorer(model, head, tokenizer, tokenizer.convert_tokens_to_ids(REWARD_TOKEN))
 
     def simulated(self) -> nn.Module:
-        """Raises UserError: where its score is read depends on the tokens, which a simulation does not have."""
-        raise UserError(
-            "leapalign memory cannot run HPSv3; ask for reward.name=pickscore, and add 14.5 GiB for its weights in "
-            "bfloat16 and what it needs to run"
-        )
+        """As large as Qwen2-VL-7B and the head."""
+        config = Qwen2VLConfig.from_pretrained(QWEN2_VL_7B)
+        # Models on fake tensors cannot be cast: they are built in their dtype.
+        model = Qwen2VLModel._from_config(config, dtype=getattr(torch, self.dtype))
+        return _SimulatedHPSv3(model, _head(config.text_config.hidden_size), None, reward_token=1)
 
 
 class HPSv3Scorer(nn.Module):
@@ -77,8 +80,10 @@ class HPSv3Scorer(nn.Module):
     the image or the score.
     """
 
-    def __init__(self, model: Qwen2VLModel, head: nn.Sequential, tokenizer: Any) -> None:
+    def __init__(self, model: Qwen2VLModel, head: nn.Sequential, tokenizer: Any, reward_token: int) -> None:
+        """reward_token: at which the score is read."""
         super().__init__()
+        self.reward_token = reward_token
         self.model, self.head = model, head
         self.tokenizer = tokenizer
         self.eval().requires_grad_(False)
@@ -116,22 +121,37 @@ class HPSv3Scorer(nn.Module):
         return tokens
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        towers, config = self.model, self.model.config
         patches, grid = self.preprocess(images)
-        image_tokens = len(patches) // len(images) // self.model.config.vision_config.spatial_merge_size**2
-        tokens = self.tokenize(prompts, image_tokens).to(images.device)
+        image_tokens = len(patches) // len(images) // config.vision_config.spatial_merge_size**2
+        tokens = self.tokenize(prompts, image_tokens)
+        # Every conversation begins alike, with the image.
+        start = int((tokens[0] == config.image_token_id).int().argmax())
+        rated = (tokens == self.reward_token).int().argmax(dim=1)
+        tokens = tokens.to(images.device)
+        read = towers.language_model.embed_tokens(tokens)
+        seen = towers.visual(patches.to(read.dtype), grid_thw=grid).pooler_output.unflatten(0, (len(images), -1))
         # HPSv3 was trained with positions that count tokens, not with Qwen2-VL's, which count the image's rows and
         # columns. Padding needs no mask: it comes last, and tokens see those before them alone.
-        positions = torch.arange(tokens.shape[1], device=images.device).expand(3, *tokens.shape)
-        states = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            pixel_values=patches.to(self.model.dtype),
-            image_grid_thw=grid,
+        states = towers.language_model(
+            inputs_embeds=torch.cat([read[:, :start], seen, read[:, start + image_tokens :]], dim=1),
+            position_ids=torch.arange(tokens.shape[1], device=images.device).expand(3, *tokens.shape),
             use_cache=False,
         ).last_hidden_state
-        rated = states[tokens == self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)]
-        scores: Tensor = self.head(rated.to(self.head[0].weight.dtype))[:, 0]
+        scores: Tensor = self.head(states[torch.arange(len(tokens)), rated].to(self.head[0].weight.dtype))[:, 0]
         return scores
+
+
+class _SimulatedHPSv3(HPSv3Scorer):
+    """Without a tokenizer: every conversation is `TEXT_TOKENS` long, and the image's."""
+
+    reward_token = -1
+
+    def tokenize(self, prompts: Sequence[str], image_tokens: int) -> Tensor:
+        tokens = torch.zeros(len(prompts), TEXT_TOKENS + image_tokens, dtype=torch.int64)
+        tokens[:, 1 : 1 + image_tokens] = self.model.config.image_token_id
+        tokens[:, -1] = self.reward_token
+        return tokens
 
 
 def _published_tensors(file: Path) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ VIT_H_14 = SKELETONS / "vit_h_14"
 """Sizes of CLIP ViT-H/14: of HPSv2.1 and PickScore."""
 VIT_L_14 = SKELETONS / "vit_l_14"
 """Sizes of OpenAI's CLIP ViT-L/14."""
+QWEN2_VL_7B = SKELETONS / "qwen2_vl_7b"
+"""Sizes of Qwen2-VL-7B with HPSv3's vocabulary."""
 
 
 @dataclass
