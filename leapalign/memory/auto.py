@@ -28,14 +28,11 @@ REWARD: tuple[Settings, ...] = (
     ("memory.checkpoint_decoder=false", "train.reward_chunk=1"),
     ("memory.checkpoint_decoder=true", "train.reward_chunk=1"),
 )
-POLICIES: tuple[Settings, ...] = tuple((f"memory.checkpointing={name}",) for name in ("none", "attention", "blocks"))
-SMALLEST: Settings = (
-    "rollout.batch_size=1",
-    "train.microbatch=1",
-    "memory.checkpoint_every=1",
-    *REWARD[-1],
-    *POLICIES[-1],
+POLICIES: tuple[Settings, ...] = tuple(
+    (f"memory.checkpointing={name}", f"memory.checkpoint_every={every}")
+    for name, every in (("none", 1), ("blocks", 4), ("blocks", 2), ("attention", 1), ("blocks", 1))
 )
+SMALLEST: Settings = ("rollout.batch_size=1", "train.microbatch=1", *REWARD[-1], *POLICIES[-1])
 FILLED = 0.92
 """Share of the memory that tensors may take. The rest is for the allocator's gaps, libraries and the screen."""
 
@@ -52,10 +49,8 @@ def fastest(
     policies = POLICIES[-1:] if "memory.weights=streamed" in place else POLICIES
     batches = _sizes("rollout.batch_size", config.train.batch_size)
     batch = search.settled((*place, *SMALLEST), {"rollout": batches})["rollout"]
-    one = search.settled(
-        (*place, *batch, "memory.checkpoint_every=1", "train.microbatch=1"), {"surrogate": policies, "reward": REWARD}
-    )
-    fixed = (*place, *batch, "memory.checkpoint_every=1", *one["surrogate"], *one["reward"])
+    one = search.settled((*place, *batch, "train.microbatch=1"), {"surrogate": policies, "reward": REWARD})
+    fixed = (*place, *batch, *one["surrogate"], *one["reward"])
     microbatches = _sizes("train.microbatch", search.applied(fixed).rollout.batch_size)
     settings = (*fixed, *search.settled(fixed, {"surrogate": microbatches})["surrogate"])
     return settings, search.applied(settings), search.simulated(settings)
