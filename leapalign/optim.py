@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,13 @@ class Optimizer:
             self._gradients.clear()
         return {"grad_norm": norm, "moved": moved, "skipped": float(skipped)}
 
+    def bad_weight(self) -> int | None:
+        """The number of the first parameter that is not finite; None where all are."""
+        with self.changing_weights():
+            if math.isfinite(float(torch.nn.utils.get_total_norm(self._parameters))):
+                return None
+            return self._first_not_finite(self._parameters)
+
     def _move(self, gradients: list[Tensor | None], norm: float) -> float:
         """Steps weights and average; returns the share of watched weights that changed."""
         self.rule.gradient_scale = min(1.0, self._max_grad_norm / (norm + 1e-6))
@@ -90,10 +97,10 @@ class Optimizer:
         self.average.update()
         return float(torch.cat(changed).mean())
 
-    def _first_not_finite(self, gradients: list[Tensor | None]) -> int | None:
-        """None where each gradient is finite, and only the sum of their squares is not."""
-        for number, gradient in enumerate(gradients):
-            if gradient is not None and not bool(gradient.isfinite().all()):
+    def _first_not_finite(self, tensors: Sequence[Tensor | None]) -> int | None:
+        """None where each tensor is finite, and only the sum of their squares is not."""
+        for number, tensor in enumerate(tensors):
+            if tensor is not None and not bool(tensor.isfinite().all()):
                 return number
         return None
 

@@ -119,6 +119,7 @@ class Trainer:
                 )
             last = self.iteration == config.train.iterations
             if last or self.iteration % config.checkpoint.every == 0 or stopping():
+                self._refuse_bad_weights()
                 transformer, keep = self.model.transformer, config.checkpoint.keep
                 save_checkpoint(Path(config.output), self.iteration, transformer, self.optimizer, keep)
                 if stopping():
@@ -131,11 +132,23 @@ class Trainer:
         with stage("optimizer"):
             metrics |= self.optimizer.step(hold=metrics["skipped_samples"] == self.config.train.batch_size)
         if not math.isfinite(metrics["grad_norm"]):
-            names = [name for name, parameter in self.model.transformer.named_parameters() if parameter.requires_grad]
             blamed = self.optimizer.offending
-            what = "norm of the gradient" if blamed is None else f"gradient of {names[blamed]}"
+            what = "norm of the gradient" if blamed is None else f"gradient of {self._trained[blamed]}"
             self.incidents.append(self._incident(what, self._positions, {}))
         return metrics
+
+    def _refuse_bad_weights(self) -> None:
+        bad = self.optimizer.bad_weight()
+        if bad is not None:
+            raise UserError(
+                f"after iteration {self.iteration} {self._trained[bad]} is not finite; lower optimizer.learning_rate, "
+                f"and resume {self.config.output}, whose checkpoints stay as they were"
+            )
+
+    @property
+    def _trained(self) -> list[str]:
+        """Names of the parameters that are trained, as the optimizer numbers them."""
+        return [name for name, parameter in self.model.transformer.named_parameters() if parameter.requires_grad]
 
     @property
     def _positions(self) -> range:

@@ -133,3 +133,20 @@ def test_too_many_in_a_row_end_the_run_with_good_weights(parts: Path, tmp_path: 
     assert checkpoint is not None
     resumed.resume(checkpoint)
     assert bool(weights(resumed).isfinite().all())
+
+
+@pytest.mark.parametrize("places", [(), ("optimizer.name=adamw_8bit", "memory.optimizer=host")])
+def test_weights_that_are_not_finite_are_never_saved(parts: Path, tmp_path: Path, places: tuple[str, ...]) -> None:
+    asked = ("train.iterations=4", "checkpoint.every=1", "optimizer.schedule=constant_with_warmup", *places)
+    trainer = Trainer.from_config(config_of(parts, tmp_path, *asked))
+    records = trainer.run()
+    next(records)
+    next(records)
+    for group in trainer.optimizer.rule.param_groups:
+        group["lr"] = math.inf
+    next(records)
+    with pytest.raises(UserError, match=r"after iteration 3 \S+ is not finite; lower optimizer.learning_rate"):
+        next(records)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.name == "step-2"
