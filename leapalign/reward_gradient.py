@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leapalign.faults import point
+from leapalign.validation import UserError
 
 RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
 """``reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``, differentiable in the images, sample by sample."""
@@ -62,7 +63,7 @@ def reward_gradient(
     """``r_b = reward(decode(x_b), prompt_b)`` and ``dr_b/dx_b`` for ``latents (B, ...)``.
 
     The loss enters later as a factor per sample, ``dL/dx = (dL/dr) (dr/dx)``, so that several losses can share one
-    reward gradient. ``chunk``: most samples decoded at once. Raises ValueError where the reward does not return one
+    reward gradient. ``chunk``: most samples decoded at once. Raises UserError where the reward does not return one
     differentiable score a sample.
     """
     size = chunk or len(latents)
@@ -82,9 +83,9 @@ def _chunk_gradient(
         image = to_unit_range(decode(x))
         scores = reward(image, prompts)
     if scores.shape != (len(x),) or not scores.requires_grad:
-        raise ValueError(
-            f"a reward must return one differentiable score a sample, shape ({len(x)},); got shape "
-            f"{tuple(scores.shape)}{'' if scores.requires_grad else ' without a gradient'}"
+        raise UserError(
+            f"a reward must return one differentiable score a sample, shape ({len(x)},), and this one returned shape "
+            f"{tuple(scores.shape)}{'' if scores.requires_grad else ' without a gradient'}; correct the reward"
         )
     point("reward")
     (gradient,) = torch.autograd.grad(scores.sum(), x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from test_trainer import PROMPTS, config_of, parts, weights
 from torch import Tensor
 
 from leapalign.checkpoint import latest_checkpoint
-from leapalign.run import run_training
+from leapalign.rewards.custom import OwnReward
+from leapalign.run import opened_run, run_training
 from leapalign.run_folder import MetricsLog, read_metrics, read_records
 from leapalign.trainer import SKIPPED_AT_MOST, Trainer
 from leapalign.validation import UserError
@@ -150,3 +152,21 @@ def test_weights_that_are_not_finite_are_never_saved(parts: Path, tmp_path: Path
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.name == "step-2"
+
+
+def test_a_reward_that_raises_leaves_a_run_that_goes_on(parts: Path, tmp_path: Path) -> None:
+    config = config_of(parts, tmp_path, "train.iterations=4", "checkpoint.every=1", "samples.count=1")
+    trainer = Trainer.from_config(config)
+    (term,) = trainer.rewards
+    calls = itertools.count(1)
+
+    def reward(images: Tensor, prompts: Any) -> Tensor:
+        return term.reward(images, prompts) / (next(calls) != 3 or [][0])
+
+    trainer.rewards = [type(term)(term.name, OwnReward(reward, "own:reward"), term.threshold)]
+    with pytest.raises(UserError, match=r"own:reward' raised IndexError: list index out of range .*test_guards\.py"):
+        run_training(trainer)
+    with opened_run(config, resume=True) as resumed:
+        assert resumed.iteration == 2
+        run_training(resumed)
+    assert [record["iteration"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]

@@ -123,6 +123,16 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
+def test_what_an_own_reward_raises_is_told_with_its_place(own_module: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{own_module}.py"
+    path.write_text(
+        path.read_text() + "\n\ndef failing(images, prompts):\n    return images.mean() / len(prompts[9])\n"
+    )
+    reward = get_reward("custom", function=f"{own_module}:failing")
+    with pytest.raises(UserError, match=r"failing' raised IndexError: list index.*own_reward_for_a_test\.py, line 8\)"):
+        reward(smooth_images(8, 8), PROMPTS)
+
+
 def test_custom_is_the_callable(own_module: str) -> None:
     reward = get_reward("custom", function=f"{own_module}:brightness")
     images = smooth_images(8, 8)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
 
 from leapalign.reward_gradient import RewardFn
 from leapalign.validation import UserError, brief
@@ -20,7 +26,7 @@ class Custom:
     function: str
 
     def load(self) -> RewardFn:
-        """The callable itself. Raises UserError where it cannot be imported or is none."""
+        """The callable, as an `OwnReward`. Raises UserError where it cannot be imported or is none."""
         module, separator, name = self.function.partition(":")
         if not (module and separator and name):
             raise UserError(f"reward.function '{self.function}' must read package.module:function")
@@ -35,5 +41,26 @@ class Custom:
             raise UserError(
                 f"reward.function '{self.function}' is a {type(found).__name__}; name a function of (images, prompts)"
             )
-        function: RewardFn = found
-        return function
+        return OwnReward(found, self.function)
+
+
+class OwnReward(nn.Module):
+    """Calls ``function``. Whatever it raises becomes a UserError that says where; training can go on from there."""
+
+    def __init__(self, function: RewardFn, name: str) -> None:
+        super().__init__()
+        self.function, self.name = function, name
+        if hasattr(function, "highest"):
+            self.highest = float(function.highest)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        try:
+            return self.function(images, prompts)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"reward.function '{self.name}' raised {type(error).__name__}: {brief(error)} "
+                f"({Path(place.filename).name}, line {place.lineno}); correct it, then go on with --resume"
+            ) from error
