@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+CARDS = (80, 48, 24)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 Line = dict[str, Any]
@@ -103,6 +104,26 @@ def gradient_agreement_table(lines: list[Line]) -> str:
     return f"{note}\n\n{markdown(['method', *header, 'norm ratio'], rows)}"
 
 
+def families_table(lines: list[Line]) -> str:
+    """Return a row for each model, and for each card the first, and fastest, profile that leaves 8 % of it free."""
+    models: dict[str, list[Line]] = {}
+    for line in lines:
+        models.setdefault(line["model"], []).append(line)
+    rows = []
+    for name, profiles in models.items():
+        cells = []
+        for card in CARDS:
+            fits = [line for line in profiles if line["device_peak_bytes"] <= 0.92 * card * 2**30]
+            cells.append(_place(fits[0]) if fits else "-")
+        rows.append([name.split("/")[1], f"{profiles[0]['trainable_parameters'] / 1e9:.1f}", *cells])
+    return markdown(["model", "weights, billions", *(f"{card} GB card" for card in CARDS)], rows)
+
+
+def _place(line: Line) -> str:
+    device, host = (line[f"{side}_peak_bytes"] / 2**30 for side in ("device", "host"))
+    return f"`{line['profile']}`: {device:.1f} + {host:.1f}"
+
+
 def _cosine(line: Line | None) -> str:
     if line is None:
         return "-"
@@ -141,7 +162,12 @@ def _each(values: Any) -> str:
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
-TABLES = {"audit": audit_table, "bench": bench_table, "gradient_agreement": gradient_agreement_table}
+TABLES = {
+    "audit": audit_table,
+    "bench": bench_table,
+    "families": families_table,
+    "gradient_agreement": gradient_agreement_table,
+}
 
 
 def filled(document: str, results: Path = RESULTS) -> str:
