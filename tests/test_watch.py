@@ -1,0 +1,516 @@
+"""The watch on reward hacking: what it measures, when it stops a run, and which checkpoint it calls the best."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import child_runs
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_checkpoints import flip
+from test_cli import last_json, refused
+from test_placement import BYTES, STREAMED
+from test_trainer import PROMPTS, config_of, parts, train
+from torch import Tensor
+
+from leapalign.checkpoint import best_checkpoint, latest_checkpoint, run_weights, save_checkpoint, step_folder
+from leapalign.cli import main
+from leapalign.config import Config, save_config
+from leapalign.generate import generate
+from leapalign.memory import placement
+from leapalign.models import encode_prompts, load_model
+from leapalign.rewards import get_reward
+from leapalign.run_folder import MetricsLog, read_metrics
+from leapalign.trainer import Trainer
+from leapalign.watch import image_statistics as statistics
+from leapalign.watch.base import FILE as BASE_FILE
+from leapalign.watch.metrics import metric_names
+from leapalign.watch.records import FILE, ranked, read_watch, replace_watch
+from leapalign.watch.rules import StopRule
+from leapalign.watch.watch import SEED
+
+__all__ = ["parts"]
+HELD_OUT = ["a green circle", "three crosses", "a blue square and a circle"]
+METRICS = ("held_out_reward", "saturation", "sharpness", "edge_density", "diversity", "drift")
+
+
+def watched(parts: Path, output: Path, *assignments: str) -> Config:
+    """A run of four iterations, measured after every other one."""
+    file = parts / "held_out.txt"
+    file.write_text("\n".join(HELD_OUT))
+    return config_of(parts, output, "watch.every=2", f"watch.prompts={file}", *assignments)
+
+
+def command(parts: Path, output: Path, *assignments: str) -> list[str]:
+    """The command line that trains it."""
+    path = output.with_suffix(".yaml")
+    save_config(watched(parts, output, *assignments), path)
+    return ["train", "--config", str(path)]
+
+
+def other_reward(parts: Path) -> str:
+    return f"watch.rewards=[{{name: clipscore, path: {parts / 'reward'}}}]"
+
+
+# What is measured.
+
+
+def textured(height: int = 40, width: int = 48) -> Tensor:
+    return torch.rand(3, 3, height, width)
+
+
+def luminance(image: Tensor) -> np.ndarray:
+    red, green, blue = image.double().numpy()
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def test_saturation_is_the_spread_of_the_channels() -> None:
+    images = textured()
+    expected = [np.ptp(image.double().numpy(), axis=0).mean() for image in images]
+    assert statistics.saturation(images).tolist() == pytest.approx(expected, rel=1e-5)
+    grey, red = torch.full((3, 8, 8), 0.7), torch.zeros(3, 8, 8)
+    red[0] = 1
+    assert statistics.saturation(torch.stack([grey, red])).tolist() == [0, 1]
+
+
+def test_sharpness_is_the_variance_of_the_laplacian() -> None:
+    images = textured()
+    expected = [ndimage.laplace(luminance(image))[1:-1, 1:-1].var() for image in images]
+    assert statistics.sharpness(images).tolist() == pytest.approx(expected, rel=1e-5)
+    blurred = torch.from_numpy(ndimage.gaussian_filter(images.numpy(), (0, 0, 1, 1)))
+    assert (statistics.sharpness(blurred) < 0.1 * statistics.sharpness(images)).all()
+    assert float(statistics.sharpness(torch.full((1, 3, 8, 8), 0.3))) == pytest.approx(0, abs=1e-10)
+
+
+def test_edge_density_is_the_share_of_steep_pixels() -> None:
+    images = textured() / 3
+    expected = []
+    for image in images:
+        down, across = (part[1:-1, 1:-1] for part in np.gradient(luminance(image)))
+        expected.append((np.hypot(down, across) > statistics.EDGE).mean())
+    assert 0.05 < min(expected) < max(expected) < 0.95
+    assert statistics.edge_density(images).tolist() == pytest.approx(expected, abs=1e-3)
+    halves = torch.zeros(1, 3, 12, 12)
+    halves[..., 6:] = 1
+    # On either side of the border, of ten columns.
+    assert float(statistics.edge_density(halves)) == pytest.approx(0.2)
+
+
+def test_diversity_is_the_distance_between_a_prompts_images() -> None:
+    images = torch.rand(2, 4, 3, 64, 96)
+    smalls = statistics.small(images.flatten(0, 1)).unflatten(0, (2, 4))
+    assert smalls.shape == (2, 4, 3, 32, 32)
+    pooled = images.double().numpy().reshape(2, 4, 3, 32, 2, 32, 3).mean((4, 6))
+    expected = [
+        np.mean([np.sqrt(np.square(a - b).mean()) for a, b in itertools.combinations(prompt, 2)]) for prompt in pooled
+    ]
+    assert statistics.diversity(smalls).tolist() == pytest.approx(expected, rel=1e-5)
+    assert statistics.diversity(smalls[:, :1].expand(-1, 4, -1, -1, -1)).tolist() == [0, 0]
+
+
+def test_grain_is_no_diversity() -> None:
+    """Two pictures differ as much pixel by pixel as one with grain from two seeds, and are ten times as diverse."""
+    picture = ndimage.gaussian_filter(torch.rand(3, 256, 256).numpy(), (0, 24, 24))
+    other = torch.from_numpy(picture[:, ::-1].copy())
+    picture = torch.from_numpy(picture)
+    size = float((picture - other).square().mean().sqrt()) / 2**0.5
+    grained = torch.stack([picture + size * torch.randn(3, 256, 256) for _ in range(2)])
+    grain, pictures = (
+        float(statistics.diversity(statistics.small(pair)[None])) for pair in (grained, torch.stack([picture, other]))
+    )
+    assert pictures > 5 * grain
+
+
+def test_drift_is_relative() -> None:
+    base = torch.randn(3, 5, 4)
+    assert statistics.drift(base, base).tolist() == [0, 0, 0]
+    assert statistics.drift(torch.stack([1.5 * base[0], -base[1], 0 * base[2]]), base).tolist() == pytest.approx(
+        [0.5, 2, 1]
+    )
+
+
+def test_the_records_are_those_of_the_average_on_held_out_prompts(parts: Path, tmp_path: Path) -> None:
+    """Scored and measured anew from the checkpoint, one way at a time."""
+    one = f"name: pickscore, path: {parts / 'reward'}"
+    both = f"reward=[{{{one}, scale: cosine}}, {{{one}, scale: logit, weight: 0.5}}]"
+    config = watched(parts, tmp_path / "run", both, other_reward(parts), "watch.seeds=3")
+    train(config)
+    records = read_watch(tmp_path / "run")
+    assert [record["iteration"] for record in records] == [0, 2, 4]
+    assert all(list(record) == ["iteration", *metric_names(config)] for record in records)
+
+    prompts = [prompt for prompt in HELD_OUT for _ in range(3)]
+    embeddings = encode_prompts(config.model, prompts)
+    path = str(parts / "reward")
+    cosine, logit = (get_reward("pickscore", path=path, scale=scale) for scale in ("cosine", "logit"))
+    for record, step in zip(records, (None, 2, 4), strict=True):
+        model = load_model(config.model)
+        if step:
+            folder = step_folder(tmp_path / "run", step) / "transformer_ema"
+            model.transformer = type(model.transformer).from_pretrained(folder).eval()
+        with torch.no_grad():
+            images = generate(model, embeddings, range(SEED, SEED + 9), config.rollout.num_steps)
+            scores = [reward(images, prompts).mean() for reward in (cosine, logit)]
+            other = get_reward("clipscore", path=path)(images, prompts).mean()
+        smalls = statistics.small(images).unflatten(0, (3, 3))
+        expected = {
+            "held_out_reward": scores[0] + 0.5 * scores[1],
+            "held_out_reward_pickscore": scores[0],
+            "held_out_reward_pickscore_2": scores[1],
+            "held_out_clipscore": other,
+            "saturation": statistics.saturation(images).mean(),
+            "sharpness": statistics.sharpness(images).mean(),
+            "edge_density": statistics.edge_density(images).mean(),
+            "diversity": statistics.diversity(smalls).mean(),
+        }
+        assert {name: record[name] for name in expected} == pytest.approx(
+            {name: float(value) for name, value in expected.items()}, rel=1e-3, abs=1e-5
+        )
+    assert records[0]["drift"] == 0
+    assert 0 < records[1]["drift"] < records[2]["drift"]
+
+
+def test_batches_change_only_rounding(parts: Path, tmp_path: Path) -> None:
+    found = []
+    for size in (1, 4):
+        config = watched(parts, tmp_path / str(size), f"rollout.batch_size={size}", "train.iterations=2")
+        train(config)
+        found.append(read_watch(tmp_path / str(size)))
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+def test_streamed_weights_are_watched_alike_and_watching_changes_nothing(parts: Path, tmp_path: Path) -> None:
+    runs = {
+        "resident": watched(parts, tmp_path / "resident", BYTES),
+        "streamed": watched(parts, tmp_path / "streamed", BYTES, *STREAMED),
+        "not watched": config_of(parts, tmp_path / "not watched", BYTES),
+    }
+    for config in runs.values():
+        train(config)
+    first, second = (read_watch(tmp_path / name) for name in ("resident", "streamed"))
+    assert first == second
+    manifests = [(step_folder(tmp_path / name, 4) / "manifest.json").read_bytes() for name in runs]
+    assert manifests[0] == manifests[2]
+    assert not (tmp_path / "not watched" / FILE).exists()
+
+
+def test_measurements_are_shown_and_go_to_tensorboard(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command(parts, tmp_path / "run", "train.iterations=2"), "--json"]) == 0
+    printed = capsys.readouterr()
+    record = read_watch(tmp_path / "run")[1]
+    base = read_watch(tmp_path / "run")[0]
+    lines = [line for line in printed.err.splitlines() if "watch, iteration 2" in line]
+    assert len(lines) == 1
+    for name in METRICS:
+        assert f"{name} {record[name]:.3g} ({base[name]:.3g})" in lines[0]
+    assert json.loads(printed.out.splitlines()[-1])["stopped_by"] is None
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("watch/diversity")] == [0, 2]
+
+
+def test_rewards_of_the_watch_are_on_the_device_only_while_it_measures(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer.from_config(watched(parts, tmp_path, other_reward(parts)))
+    moves: list[tuple[Any, torch.device]] = []
+    monkeypatch.setattr(placement, "place_reward", lambda reward, device: moves.append((reward, device)))
+    assert trainer.watch is not None
+    (reward,) = trainer.watch.rewards.values()
+    meta = torch.device("meta")
+    with pytest.raises(ZeroDivisionError), placement.lent_device([reward], meta):
+        raise ZeroDivisionError
+    assert moves == [(reward, meta), (reward, torch.device("cpu"))]
+
+
+# When it stops a run.
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "base", "holds"),
+    [
+        ("saturation > 0.2", 0.21, 9, True),
+        ("saturation > 0.2", 0.2, 9, False),
+        ("saturation<-.5e1", -5.1, 9, True),
+        ("diversity < 0.5 base", 0.19, 0.4, True),
+        ("diversity < 0.5 base", 0.21, 0.4, False),
+        ("diversity < 0.5base", 0.19, 0.4, True),
+        ("diversity < base", 0.39, 0.4, True),
+        ("diversity > 2 base + 0.1", 0.95, 0.4, True),
+        ("diversity > 2 base + 0.1", 0.85, 0.4, False),
+        ("held_out_reward < base - 0.2", -0.31, -0.1, True),
+        ("held_out_reward < base - 0.2", -0.29, -0.1, False),
+        ("saturation > 0.2", float("nan"), 9, True),
+    ],
+)
+def test_rules_hold_as_they_read(text: str, value: float, base: float, holds: bool) -> None:
+    assert StopRule.parsed(text, METRICS).holds(value, base) is holds
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (
+            ["watch.stop_when=[saturatoin > 0.2]"],
+            "unknown metric 'saturatoin'; there are held_out_reward, saturation, ",
+        ),
+        (["watch.stop_when=[held_out_clipscore < 0.9 base]"], "unknown metric 'held_out_clipscore'; there are"),
+        (["watch.stop_when=[saturation = 0.2]"], "'saturation = 0.2' must read METRIC < NUMBER"),
+        (["watch.stop_when=[saturation > base * 2]"], "must read METRIC < NUMBER"),
+        (["watch.stop_when=[saturation > 0.2 0.3]"], "must read METRIC < NUMBER"),
+        (["watch.stop_when=[drift > 2 base]"], "drift is 0 at the base"),
+        (["watch.every=0", "watch.stop_when=[saturation > 0.2]"], "set watch.every"),
+        (["watch.every=3"], "checkpoint.every 2 must be a multiple of watch.every 3"),
+        (["watch.prompts=null"], "set watch.prompts"),
+        (["watch.prompts=none.txt"], "watch.prompts 'none.txt' does not exist"),
+        (["watch.seeds=1"], "'watch.seeds' is 1"),
+        (["watch.rewards=[{path: x}]"], "a reward of watch.rewards has no name"),
+        (["watch.rewards=[{name: pikscore}]"], "did you mean 'pickscore'?"),
+        (["watch.rewards=[{name: pickscore, path: REWARD}]"], "trained on and measured as held_out_reward"),
+        (["watch.rewrads=[]"], "did you mean 'rewards'?"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_nothing_is_written(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], assignments: list[str], message: str
+) -> None:
+    given = [item.replace("REWARD", str(parts / "reward")) for item in assignments]
+    assert message in refused([*command(parts, tmp_path / "run"), *given], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_are_trained_on_are_told(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shared = tmp_path / "prompts.txt"
+    shared.write_text(f"{PROMPTS[1]}\n{HELD_OUT[0]}")
+    with caplog.at_level(logging.WARNING, "leapalign"):
+        Trainer.from_config(watched(parts, tmp_path / "run", f"watch.prompts={shared}"))
+    assert f"1 of watch.prompts are trained on, and so not held out, as '{PROMPTS[1]}'" in caplog.text
+
+
+@pytest.fixture
+def grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A reward that grey images please most, whatever was asked for."""
+    lines = "def grey(images, prompts):\n    return -(images - 0.5).square().mean((1, 2, 3))\n"
+    (tmp_path / "grey_reward_for_a_test.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "reward={name: custom, function: 'grey_reward_for_a_test:grey'}"
+
+
+def test_a_run_that_collapses_is_stopped_and_goes_on_by_other_rules(
+    parts: Path, tmp_path: Path, grey: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, rule = tmp_path / "run", "diversity < 0.95 base"
+    asked = (grey, "train.iterations=40", "checkpoint.every=20", "samples.every=40", "watch.stop_when=[sharpness > 9]")
+    assert main([*command(parts, run, *asked), f"watch.stop_when=[sharpness > 9, {rule}]", "--json"]) == 0
+    printed = capsys.readouterr()
+    records = read_watch(run)
+    last, base = records[-1], records[0]
+    step = int(last["iteration"])
+    assert 0 < step < 40
+    assert last["held_out_reward"] > base["held_out_reward"], "it is reward hacking"
+    assert all(record["diversity"] >= 0.95 * base["diversity"] for record in records[:-1])
+    assert last["diversity"] < 0.95 * base["diversity"]
+    sentence = f"stopped after iteration {step}, as watch.stop_when '{rule}' holds: diversity is"
+    values = f"diversity is {last['diversity']:.4g}, and was {base['diversity']:.4g} at the base"
+    (line,) = [line for line in printed.err.splitlines() if "stopped after" in line]
+    assert sentence in line
+    assert values in line
+    assert f"--resume {run}" in line
+    result = json.loads(printed.out.splitlines()[-1])
+    assert (result["stopped_by"], result["iteration"]) == (rule, step)
+    assert latest_checkpoint(run) == step_folder(run, step)
+
+    # As long as the rule is the same, it stays stopped, and nothing is measured again.
+    before = (run / FILE).read_bytes()
+    assert main(["train", "--resume", str(run), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["stopped_by"] == rule
+    assert (run / FILE).read_bytes() == before
+
+    further = f"train.iterations={step + 2}"
+    assert main(["train", "--resume", str(run), further, "watch.stop_when=[]", "--json"]) == 0
+    assert last_json(capsys)["stopped_by"] is None
+    assert [record["iteration"] for record in read_watch(run)] == [*range(0, step + 1, 2), step + 2]
+
+
+def test_a_rule_that_holds_before_training_is_refused(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    arguments = command(parts, run, "watch.stop_when=[saturation > 0.0001]")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "watch.stop_when 'saturation > 0.0001' holds: saturation is" in error
+    assert f"before any training; correct this rule, then continue with --resume {run}" in error
+    assert read_metrics(run) == []
+    assert main(["train", "--resume", str(run), "watch.stop_when=[saturation > 0.9999]"]) == 0
+    train(watched(parts, whole))
+    assert (run / FILE).read_bytes() == (whole / FILE).read_bytes()
+    assert (run / BASE_FILE).read_bytes() == (whole / BASE_FILE).read_bytes()
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("watch/drift")] == [0, 2, 4]
+
+
+# What it compares with.
+
+
+@pytest.fixture(scope="module")
+def finished(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints, of which all are measured; one of them is kept, and the best."""
+    run = tmp_path_factory.mktemp("watched") / "run"
+    train(watched(parts, run, "train.iterations=6", "checkpoint.keep=9", other_reward(parts)))
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint_and_measures_it_again(
+    parts: Path, run: Path, finished: Path
+) -> None:
+    for step in (4, 6):
+        flip(step_folder(run, step) / "optimizer.safetensors")
+    train(watched(parts, run, "train.iterations=6", "checkpoint.keep=9", other_reward(parts)), resume=True)
+    assert (run / FILE).read_bytes() == (finished / FILE).read_bytes()
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("watch/drift")] == [0, 2, 4, 6]
+
+
+def test_records_beyond_the_checkpoint_are_dropped_even_when_nothing_is_watched_any_more(tmp_path: Path) -> None:
+    replace_watch(tmp_path, [{"iteration": 0}, {"iteration": 2}, {"iteration": 4}])
+    for iteration, left in ((2, [0, 2]), (0, [])):
+        with MetricsLog(tmp_path, iteration):
+            pass
+        assert [record["iteration"] for record in read_watch(tmp_path)] == left
+
+
+@pytest.mark.posix
+def test_killed_around_a_measurement_the_run_is_the_same(parts: Path, tmp_path: Path) -> None:
+    """In one, and as the base and each record is written: config, metrics and samples are renamed before those."""
+    faults = ("watch:1", "watch:4", "renamed:4", "rename:5", "renamed:6")
+
+    def config(name: str) -> Config:
+        asked = ("train.iterations=2", "train.batch_size=2", "samples.count=1", "watch.every=1", "checkpoint.every=1")
+        return watched(parts, tmp_path / name, *asked)
+
+    # All at once: the processors are kept busy.
+    first = {fault: child_runs.started(child_runs.train, config(fault), False, fault) for fault in faults}
+    whole = child_runs.started(child_runs.train, config("whole"))
+    assert [child_runs.exit_code(process) for process in first.values()] == [-signal.SIGKILL] * len(faults)
+    again = [child_runs.started(child_runs.train, config(fault), True) for fault in faults]
+    assert [child_runs.exit_code(process) for process in (whole, *again)] == [0] * (len(faults) + 1)
+    expected = contents(tmp_path / "whole")
+    assert [step for step, _ in expected[2]] == [0, 1, 2]
+    for fault in faults:
+        assert contents(tmp_path / fault) == expected, fault
+
+
+def contents(run: Path) -> tuple[bytes, bytes, list[tuple[int, float]], list[str]]:
+    """What a watched run leaves behind."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("watch/diversity")]
+    files = sorted(path.name for path in (*run.glob("*.partial"), *(run / "checkpoints").iterdir()))
+    return (run / FILE).read_bytes(), (run / BASE_FILE).read_bytes(), shown, files
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["watch.seeds=3"], "watch.seeds has changed since the base was measured"),
+        (["rollout.num_steps=4"], "rollout.num_steps has changed"),
+        (["model.guidance=1"], "model.guidance has changed"),
+        (["watch.prompts=PROMPTS"], "watch.prompts has changed"),
+        (["watch.rewards=[{name: clipscore, path: REWARD}, {name: clipscore, path: REWARD}]",
+          "watch.stop_when=[held_out_clipscore_2 < 0]"], "did not measure held_out_clipscore_2 from its start"),
+    ],
+)  # fmt: skip
+def test_other_held_out_images_are_refused(
+    parts: Path, run: Path, capsys: pytest.CaptureFixture[str], assignments: list[str], message: str
+) -> None:
+    before = (run / FILE).read_bytes()
+    for word, path in (("PROMPTS", parts / "prompts.txt"), ("REWARD", parts / "reward")):
+        assignments = [item.replace(word, str(path)) for item in assignments]
+    assert message in refused(["train", "--resume", str(run), *assignments], capsys)
+    assert (run / FILE).read_bytes() == before
+
+
+def test_a_base_that_is_lost_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / BASE_FILE).write_bytes(b"short")
+    assert "which the watch compares with; put it back" in refused(["train", "--resume", str(run)], capsys)
+    (run / BASE_FILE).unlink()
+    assert "which the watch compares with; put it back" in refused(["train", "--resume", str(run)], capsys)
+    (run / FILE).unlink()
+    assert "was not watched from its start" in refused(["train", "--resume", str(run)], capsys)
+    assert main(["train", "--resume", str(run), "watch.every=0"]) == 0
+
+
+# Which checkpoint is the best.
+
+
+def test_the_order_of_checkpoints_is_that_of_one_metric(tmp_path: Path) -> None:
+    values = {0: 9.0, 2: 0.5, 4: 0.7, 6: 0.7, 8: float("nan"), 10: 0.1}
+    replace_watch(tmp_path, [{"iteration": n, "other": -n, "held_out_reward": value} for n, value in values.items()])
+    assert ranked(tmp_path, "held_out_reward") == [0, 4, 6, 2, 10]
+    assert ranked(tmp_path, "other") == [0, 2, 4, 6, 8, 10]
+    assert ranked(tmp_path, "none") == []
+    assert ranked(tmp_path / "nowhere", "other") == []
+
+
+def test_the_best_is_by_a_reward_not_trained_on_where_there_is_one(parts: Path, tmp_path: Path) -> None:
+    assert watched(parts, tmp_path).watch.best_by == "held_out_reward"
+    assert watched(parts, tmp_path, other_reward(parts)).watch.best_by == "held_out_clipscore"
+
+
+def rewrite(run: Path, values: dict[int, float]) -> None:
+    """Changes what was measured."""
+    records = read_watch(run)
+    replace_watch(run, [{**one, "held_out_clipscore": values[int(one["iteration"])]} for one in records])
+
+
+def test_the_best_checkpoint_outlives_newer_ones(parts: Path, run: Path) -> None:
+    rewrite(run, {0: 999.0, 2: 99.0, 4: 0.1, 6: 0.1})
+    config = watched(parts, run, "train.iterations=10", "checkpoint.keep=1", other_reward(parts))
+    trainer = train(config, resume=True)
+    measured = {int(record["iteration"]): record["held_out_clipscore"] for record in read_watch(run)}
+    assert max(measured[8], measured[10]) < 99
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-10", "step-2"]
+    # Once another one is better, it goes.
+    save_checkpoint(run, 11, trainer.model.transformer, trainer.optimizer, keep=1, best_first=[0, 10, 2])
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-10", "step-11"]
+
+
+def test_the_best_weights_can_be_asked_for(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(run, {0: 9.0, 2: 0.3, 4: 0.9, 6: 0.1})
+    assert run_weights(run, "best") == step_folder(run, 4) / "transformer_ema"
+    assert run_weights(run, "average") == step_folder(run, 6) / "transformer_ema"
+    output = tmp_path / "exported"
+    assert main(["export", "--run", str(run), "--output", str(output), "--weights", "best"]) == 0
+    card = (output / "README.md").read_text()
+    assert "| iterations | 4 of" in card
+    assert "where the held-out reward was highest" in card
+    capsys.readouterr()
+    flip(step_folder(run, 4) / "transformer_ema" / "config.json")
+    assert best_checkpoint(run) == step_folder(run, 2)
+    assert f"'{step_folder(run, 4)}' is damaged" in caplog.text
+    (run / FILE).unlink()
+    arguments = ["--run", str(run), "--prompt", "a circle", "--output", str(tmp_path / "images"), "--weights", "best"]
+    assert "no checkpoint that was measured" in refused(["generate", *arguments], capsys)
