@@ -204,6 +204,18 @@ def test_streamed_weights_are_watched_alike_and_watching_changes_nothing(parts: 
     assert not (tmp_path / "not watched" / FILE).exists()
 
 
+def test_cached_embeddings_serve_the_watch(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cached = (f"prompts.cache={tmp_path / 'cache'}", "train.iterations=2")
+    arguments = command(parts, tmp_path / "run", *cached)
+    assert main(["cache", *arguments[1:]]) == 0
+    capsys.readouterr()
+    assert "lacks 3 of 3 prompts" in refused(arguments, capsys)
+    assert main(["cache", *arguments[1:], "--prompts", str(parts / "held_out.txt")]) == 0
+    assert main(arguments) == 0
+    train(watched(parts, tmp_path / "encoded", "train.iterations=2"))
+    assert read_watch(tmp_path / "run") == read_watch(tmp_path / "encoded")
+
+
 def test_measurements_are_shown_and_go_to_tensorboard(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,10 +241,11 @@ def test_rewards_of_the_watch_are_on_the_device_only_while_it_measures(
     monkeypatch.setattr(placement, "place_reward", lambda reward, device: moves.append((reward, device)))
     assert trainer.watch is not None
     (reward,) = trainer.watch.rewards.values()
-    meta = torch.device("meta")
+    assert "held_out_clipscore" in trainer.watch.look(trainer)
+    meta, host = torch.device("meta"), torch.device("cpu")
     with pytest.raises(ZeroDivisionError), placement.lent_device([reward], meta):
         raise ZeroDivisionError
-    assert moves == [(reward, meta), (reward, torch.device("cpu"))]
+    assert moves == [(reward, trainer.model.device), (reward, host), (reward, meta), (reward, host)]
 
 
 # When it stops a run.

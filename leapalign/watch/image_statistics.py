@@ -10,7 +10,6 @@ EDGE = 0.1
 """Change of luminance from one pixel to the next that counts as an edge."""
 SMALL_SIDE = 32
 """Pixels; what is compared between images is seen at this size."""
-_LUMINANCE = (0.299, 0.587, 0.114)
 
 
 def saturation(images: Tensor) -> Tensor:
@@ -61,5 +60,5 @@ def drift(latents: Tensor, base: Tensor) -> Tensor:
 
 def _luminance(images: Tensor) -> Tensor:
     """``(B, H, W)``, as in Rec. 601."""
-    weights = torch.tensor(_LUMINANCE, device=images.device)
-    return torch.einsum("bchw,c->bhw", images.float(), weights)
+    red, green, blue = images.float().unbind(1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue

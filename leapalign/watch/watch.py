@@ -143,7 +143,8 @@ class Watch:
                     made.append(latents.to("cpu", copy=True))
                     found["drift"] = torch.zeros(len(latents), device=model.device)
                 else:
-                    found["drift"] = statistics.drift(latents, self.base_latents[part].to(latents.device))
+                    base = self.base_latents[part].to(latents.device, non_blocking=True)
+                    found["drift"] = statistics.drift(latents, base)
                 for name, column in found.items():
                     columns[name].append(column)
                 smalls.append(statistics.small(images))
