@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from leapalign.config import load_config
 from leapalign.durable import make_folder, partial_of, rename, require_space, sync_tree, writing
 from leapalign.faults import point
 from leapalign.manifest import damage, write_manifest
@@ -23,11 +25,13 @@ from leapalign.models.lora import FILE as ADAPTER_FILE
 from leapalign.models.lora import has_adapter, read_adapter, save_adapter
 from leapalign.optim import Optimizer
 from leapalign.validation import UserError, brief
+from leapalign.watch.records import ranked
 
 TRANSFORMER = "transformer"
 AVERAGE = "transformer_ema"
-WEIGHTS = {"average": AVERAGE, "last": TRANSFORMER}
-"""What a checkpoint holds, by the names that the command line has for it."""
+BEST = "best"
+WEIGHTS = {"average": AVERAGE, "last": TRANSFORMER, BEST: AVERAGE}
+"""What a checkpoint holds, by the names that the command line has for it; the last is of the best, not the latest."""
 _HEADERS = 1 << 20
 """Bytes of a checkpoint beside its tensors, at most."""
 _log = logging.getLogger("leapalign")
@@ -44,28 +48,52 @@ def latest_checkpoint(run: Path, within: str = "") -> Path | None:
     UserError where all are damaged.
     """
     found = _by_iteration(run)
-    for number in sorted(found, reverse=True):
-        reason = damage(found[number], within)
+    return _first_whole(run, [found[number] for number in sorted(found, reverse=True)], within)
+
+
+def best_checkpoint(run: Path, within: str = "") -> Path | None:
+    """Of those that the watch measured, the checkpoint with the highest held-out reward; else as `latest_checkpoint`.
+
+    By a reward that is not trained on, where the run's config has one in ``watch.rewards``.
+    """
+    found = _by_iteration(run)
+    best_first = ranked(run, load_config(run / "config.yaml").watch.best_by)
+    return _first_whole(run, [found[number] for number in best_first if number in found], within)
+
+
+def _first_whole(run: Path, checkpoints: Sequence[Path], within: str) -> Path | None:
+    for checkpoint in checkpoints:
+        reason = damage(checkpoint, within)
         if reason is None:
-            return found[number]
-        _log.warning("checkpoint '%s' is damaged (%s); passing it over for the one before", found[number], reason)
-    if found:
+            return checkpoint
+        _log.warning("checkpoint '%s' is damaged (%s); passing it over for another", checkpoint, reason)
+    if checkpoints:
         raise UserError(f"all checkpoints of '{run}' are damaged; put one back from a copy, or choose another output")
     return None
 
 
 def run_weights(run: Path, name: str) -> Path:
-    """The folder of the `WEIGHTS` called ``name`` in the latest checkpoint. Raises UserError where there is none."""
-    checkpoint = latest_checkpoint(run, within=WEIGHTS[name])
+    """The folder of the `WEIGHTS` called ``name``, in the latest checkpoint or the best.
+
+    Raises UserError where there is none.
+    """
+    checkpoint = best_checkpoint(run, AVERAGE) if name == BEST else latest_checkpoint(run, WEIGHTS[name])
+    if checkpoint is None and name == BEST:
+        raise UserError(
+            f"'{run}' holds no checkpoint that was measured; train with watch.every, or use other --weights"
+        )
     if checkpoint is None:
         raise UserError(f"'{run}' holds no checkpoint yet; let it train longer, or use --config")
     return checkpoint / WEIGHTS[name]
 
 
-def save_checkpoint(run: Path, iteration: int, transformer: Any, optimizer: Optimizer, keep: int) -> Path:
+def save_checkpoint(
+    run: Path, iteration: int, transformer: Any, optimizer: Optimizer, keep: int, best_first: Iterable[int] = ()
+) -> Path:
     """Writes ``step-<iteration>``; once it is on the disk, all but the newest ``keep`` are deleted.
 
-    Raises UserError where it cannot be written. Those before it are then as they were.
+    The first iteration in ``best_first`` of which there is a checkpoint stays, too. Raises UserError where it cannot be
+    written. Those before it are then as they were.
     """
     final = step_folder(run, iteration)
     partial = partial_of(final)
@@ -81,7 +109,7 @@ def save_checkpoint(run: Path, iteration: int, transformer: Any, optimizer: Opti
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _delete_surplus(run, iteration, keep)
+        _delete_surplus(run, iteration, keep, best_first)
     return final
 
 
@@ -119,10 +147,12 @@ def _size(transformer: Any, optimizer: Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _HEADERS
 
 
-def _delete_surplus(run: Path, newest: int, keep: int) -> None:
-    """Leaves ``keep`` checkpoints up to ``newest``, and none beyond: the run was resumed before them, as damaged."""
+def _delete_surplus(run: Path, newest: int, keep: int, best_first: Iterable[int]) -> None:
+    """Leaves ``keep`` checkpoints up to ``newest`` and the best, none beyond: the run was resumed before them, as
+    damaged."""
     found = _by_iteration(run)
-    kept = sorted((number for number in found if number <= newest), reverse=True)[:keep]
+    valid = sorted((number for number in found if number <= newest), reverse=True)
+    kept = {*valid[:keep], *[number for number in best_first if number in valid][:1]}
     for number, path in found.items():
         if number not in kept:
             _delete(path)

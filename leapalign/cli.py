@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     for command in (generate, evaluate, export):
         command.add_argument(
-            "--weights", choices=("average", "last"), default="average", help="of the run, default average"
+            "--weights", choices=("average", "last", "best"), default="average", help="of the run, default average"
         )
 
     memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
@@ -159,12 +159,13 @@ def train_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
         config = dataclasses.replace(config, output=str(arguments.resume))
     with opened_run(config, resume=bool(arguments.resume)) as trainer, stop_requests() as stopping:
         run_training(trainer, stopping)
-        if trainer.iteration < config.train.iterations:
-            print(
-                f"stopped after iteration {trainer.iteration}; continue with --resume {config.output}", file=sys.stderr
-            )
+        stop = trainer.watch.stop if trainer.watch else None
+        if stop or trainer.iteration < config.train.iterations:
+            remedy = f", as {stop}; change this rule to continue with" if stop else "; continue with"
+            print(f"stopped after iteration {trainer.iteration}{remedy} --resume {config.output}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({**read_metrics(Path(config.output))[-1], "run": config.output}))
+        end = {"run": config.output, "stopped_by": stop.rule.text if stop else None}
+        print(json.dumps({**read_metrics(Path(config.output))[-1], **end}))
 
 
 def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config:

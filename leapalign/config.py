@@ -135,7 +135,7 @@ class CheckpointConfig:
     every: PositiveInt = 100
     """Iterations between checkpoints; the last iteration is always saved."""
     keep: PositiveInt = 3
-    """So many checkpoints stay; older ones are deleted once the new one is on the disk."""
+    """So many checkpoints stay; older ones but the best are deleted once the new one is on the disk."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,26 @@ class SamplesConfig:
 class EvaluateConfig:
     rewards: tuple[dict[str, Any], ...] = ()
     """What ``leapalign evaluate`` scores with, each with its ``name`` and own options; empty: what is trained on."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    every: NonNegativeInt = 0
+    """Iterations between measurements on held-out prompts, see docs/watch.md; 0: never."""
+    prompts: str | None = None
+    """File of the held-out prompts, such as ``prompts.path`` takes."""
+    seeds: Annotated[int, Field(ge=2)] = 2
+    """Images of each held-out prompt."""
+    rewards: tuple[dict[str, Any], ...] = ()
+    """Scored beside what is trained on, each with its ``name`` and own options."""
+    stop_when: tuple[str, ...] = ()
+    """Rules that end the run, such as ``diversity < 0.5 base``, ``held_out_imagereward < base - 0.2`` or
+    ``saturation > 0.2``; ``base`` is the value before training."""
+
+    @property
+    def best_by(self) -> str:
+        """The metric that is highest at the best checkpoint: of a reward not trained on, where there is one."""
+        return f"held_out_{self.rewards[0]['name']}" if self.rewards else "held_out_reward"
 
 
 @dataclass(frozen=True)
@@ -178,6 +198,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         if self.train.batch_size % min(self.rollout.batch_size, self.train.batch_size):
@@ -189,13 +210,27 @@ class Config:
         for section, values in (("method", [self.method]), ("reward", self.rewards)):
             if not values or any("name" not in one for one in values):
                 raise ValueError(f"'{section}.name' is missing; add it")
-        if any("name" not in reward for reward in self.evaluate.rewards):
-            raise ValueError("a reward of evaluate.rewards has no name; add it, as in [{name: hpsv2}]")
+        for section, rewards in (("evaluate", self.evaluate.rewards), ("watch", self.watch.rewards)):
+            if any("name" not in reward for reward in rewards):
+                raise ValueError(f"a reward of {section}.rewards has no name; add it, as in [{{name: hpsv2}}]")
+        self._check_watch()
 
     @property
     def rewards(self) -> list[dict[str, Any]]:
         """The one reward, or all."""
         return self.reward if isinstance(self.reward, list) else [self.reward]
+
+    def _check_watch(self) -> None:
+        watch = self.watch
+        if watch.stop_when and not watch.every:
+            raise ValueError("watch.stop_when needs measurements; set watch.every")
+        if watch.every and watch.prompts is None:
+            raise ValueError("watch.every needs held-out prompts; set watch.prompts to a file of them")
+        if watch.every and self.checkpoint.every % watch.every:
+            raise ValueError(
+                f"checkpoint.every {self.checkpoint.every} must be a multiple of watch.every {watch.every}, so that "
+                "each checkpoint is measured; change one of them"
+            )
 
     def _check_memory(self) -> None:
         memory = self.memory

@@ -27,7 +27,7 @@ _INDEX = "model_index.json"
 
 
 def export(run: Path, config: Config, output: Path, weights: str, layout: str) -> str:
-    """Writes the latest checkpoint's ``weights`` in one of `LAYOUTS` into a new folder ``output``, with a model card.
+    """Writes the run's `WEIGHTS` called ``weights``, as one of `LAYOUTS`, and a model card to a new folder ``output``.
 
     Returns a sentence on what was written. Raises UserError where ``output`` exists, the run has no checkpoint, or
     there is no such layout of these weights.

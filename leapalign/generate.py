@@ -54,6 +54,11 @@ def image_batches(
     sigmas = model.sigmas(num_steps)
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
-        noise = model.draw_noise(seeds[part])
-        rollout = sample_rollout(prompted_velocity(model, embeddings[part]), noise, sigmas)
-        yield model.decode(rollout.latents[-1]).clamp(0, 1).cpu()
+        yield sample(model, embeddings[part], seeds[part], sigmas)[1].cpu()
+
+
+@torch.no_grad()
+def sample(model: FlowModel, embeddings: Any, seeds: Sequence[int], sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents ``(B, ...)`` and images ``(B, 3, H, W)`` in [0, 1] of one batch, where the model computes."""
+    rollout = sample_rollout(prompted_velocity(model, embeddings), model.draw_noise(seeds), sigmas)
+    return rollout.latents[-1], model.decode(rollout.latents[-1]).clamp(0, 1)

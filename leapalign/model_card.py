@@ -13,6 +13,11 @@ from huggingface_hub.repocard import metadata_load
 from leapalign.config import Config
 
 FILE = "README.md"
+_WEIGHTS = {
+    "average": "running average (EMA)",
+    "last": "of the last iteration",
+    "best": "running average (EMA), where the held-out reward was highest",
+}
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
@@ -76,7 +81,7 @@ def _trained(export: Export) -> str:
         "iterations": f"{export.iterations} of {config.train.batch_size} images",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
         "sampling": f"{config.rollout.num_steps} steps, {config.model.width} x {config.model.height} pixels",
-        "weights": "running average (EMA)" if export.weights == "average" else "of the last iteration",
+        "weights": _WEIGHTS[export.weights],
         "layout": export.layout,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

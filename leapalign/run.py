@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from leapalign.run_folder import METRICS, MetricsLog
 from leapalign.run_lock import run_lock
 from leapalign.trainer import Trainer
 from leapalign.validation import UserError
+from leapalign.watch.metrics import shown
+from leapalign.watch.watch import Watch
 
 SHOWN = ("reward", "loss", "grad_norm", "d_j", "d_end")
 SAMPLE_SEED = 2_000_000
@@ -65,11 +68,12 @@ def opened_run(config: Config, resume: bool) -> Iterator[Trainer]:
 
 
 def run_training(trainer: Trainer, stopping: Callable[[], bool] = lambda: False) -> float:
-    """Trains to the end, or until ``stopping()``, recording everything in ``config.output``.
+    """Trains to the end, or until ``stopping()`` or a rule of the watch holds, recording all in ``config.output``.
 
-    Returns the seconds spent in iterations. Raises UserError where the folder cannot be written.
+    Returns the seconds spent in iterations. Raises UserError where the folder cannot be written, or a rule holds
+    before training.
     """
-    config, run = trainer.config, Path(trainer.config.output)
+    config, run, watch = trainer.config, Path(trainer.config.output), trainer.watch
     with writing(run):
         make_folder(run)
     save_config(config, run / "config.yaml")
@@ -78,16 +82,37 @@ def run_training(trainer: Trainer, stopping: Callable[[], bool] = lambda: False)
     with MetricsLog(run, trainer.iteration) as log, bar, shortage_explained(trainer):
         if trainer.iteration == 0:
             save_samples(trainer)
-        for record in trainer.run(stopping):
+            if watch:
+                measure(watch, trainer, log)
+        if stopped(watch):
+            return seconds
+        for record in trainer.run(lambda: stopping() or stopped(watch)):
             log.write(record)
             log.write_incidents(trainer.incidents)
             seconds += record["seconds"]
-            shown = {name: f"{record[name]:.3g}" for name in SHOWN if name in record}
-            bar.set_postfix({**shown, "s/it": f"{record['seconds']:.2f}"})
+            values = {name: f"{record[name]:.3g}" for name in SHOWN if name in record}
+            bar.set_postfix({**values, "s/it": f"{record['seconds']:.2f}"})
             bar.update()
             if trainer.iteration % config.samples.every == 0 or trainer.iteration == config.train.iterations:
                 save_samples(trainer)
+            if watch and watch.due(trainer.iteration):
+                measure(watch, trainer, log)
     return seconds
+
+
+def measure(watch: Watch, trainer: Trainer, log: MetricsLog) -> None:
+    """Measures, records and shows what ``watch`` sees. Raises UserError where a rule holds before training."""
+    record = watch.look(trainer)
+    log.write_watch(record)
+    tqdm.write(shown(record, watch.base or {}), file=sys.stderr)
+    if watch.stop and trainer.iteration == 0:
+        output = trainer.config.output
+        raise UserError(f"{watch.stop}, before any training; correct this rule, then continue with --resume {output}")
+
+
+def stopped(watch: Watch | None) -> bool:
+    """Whether a rule held at the last measurement; so it did where an earlier process left it at that."""
+    return watch is not None and watch.stop is not None
 
 
 def save_samples(trainer: Trainer) -> None:
@@ -118,3 +143,5 @@ def prepare_resume(trainer: Trainer) -> None:
     checkpoint = latest_checkpoint(run)
     if checkpoint is not None:
         trainer.resume(checkpoint)
+        if trainer.watch:
+            trainer.watch.recall(trainer.iteration)

@@ -1,4 +1,4 @@
-"""The run folder's records: metrics as JSON lines and TensorBoard events."""
+"""The run folder's records: metrics, and what the watch measured, as JSON lines and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from leapalign.durable import write_text, writing
 from leapalign.faults import point
+from leapalign.watch.records import read_watch, replace_watch
 
 METRICS = "metrics.jsonl"
 INCIDENTS = "incidents.jsonl"
@@ -32,7 +33,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends one record per iteration; entering it drops what lies beyond ``iteration`` (a resumed run redoes it)."""
+    """Appends one record per iteration; entering it drops what lies beyond ``iteration`` (a resumed run redoes it).
+
+    The watch's record of iteration 0 is made again as long as there is no iteration after it.
+    """
 
     def __init__(self, run: Path, iteration: int) -> None:
         self._run, self._iteration = run, iteration
@@ -43,9 +47,13 @@ class MetricsLog:
                 kept = [record for record in read_records(path) if record["iteration"] <= self._iteration]
                 write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         path = self._run / METRICS
+        dropped = self._iteration + 1 if self._iteration else 0
+        watched = read_watch(self._run)
+        if watched:
+            replace_watch(self._run, [record for record in watched if record["iteration"] < dropped])
         with writing(path):
             self._file = path.open("a", encoding="utf-8")
-            self._events = SummaryWriter(str(self._run / "tensorboard"), purge_step=self._iteration + 1)
+            self._events = SummaryWriter(str(self._run / "tensorboard"), purge_step=dropped)
         return self
 
     def write(self, record: Mapping[str, float]) -> None:
@@ -56,10 +64,7 @@ class MetricsLog:
             self._file.flush()
             point("metrics")
             os.fsync(self._file.fileno())
-            for name, value in record.items():
-                if name != "iteration":
-                    self._events.add_scalar(name, value, int(record["iteration"]))
-            self._events.flush()
+            self._show(record)
             point("metrics")
 
     def write_incidents(self, incidents: Sequence[Mapping[str, Any]]) -> None:
@@ -67,6 +72,18 @@ class MetricsLog:
         if incidents:
             with writing(self._run / INCIDENTS), (self._run / INCIDENTS).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(incident) + "\n" for incident in incidents)
+
+    def write_watch(self, record: dict[str, float]) -> None:
+        """Appends what the watch measured, as `write`."""
+        replace_watch(self._run, [*read_watch(self._run), record])
+        with writing(self._run / "tensorboard"):
+            self._show(record, "watch/")
+
+    def _show(self, record: Mapping[str, float], prefix: str = "") -> None:
+        for name, value in record.items():
+            if name != "iteration":
+                self._events.add_scalar(f"{prefix}{name}", value, int(record["iteration"]))
+        self._events.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

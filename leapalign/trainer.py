@@ -33,6 +33,8 @@ from leapalign.streams import INDEX_STREAM, NOISE_STREAM, seed_of
 from leapalign.threshold import warn_of_thresholds
 from leapalign.true_gradient import agreement
 from leapalign.validation import UserError
+from leapalign.watch.records import ranked
+from leapalign.watch.watch import Watch
 
 SKIPPED_AT_MOST = 10
 """Iterations in a row that may pass without a finite gradient."""
@@ -55,6 +57,7 @@ class Trainer:
     iteration: int = 0
     incidents: list[dict[str, Any]] = field(default_factory=list)
     """Of the last iteration: what was not finite, sample by sample, and then as a whole."""
+    watch: Watch | None = None
     order: PromptOrder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +69,7 @@ class Trainer:
         method = get_method(**config.method)
         prompts = read_prompts(Path(resolve(config.prompts.path)))
         rewards = reward_terms(config)
+        watch = Watch.from_config(config, prompts)
         model = load_model(config.model)
         steps = config.rollout.num_steps
         try:
@@ -73,7 +77,9 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
         embeddings = embeddings_of(config, prompts)
-        return cls.assembled(config, model, prompts, embeddings, rewards, method, training_device())
+        trainer = cls.assembled(config, model, prompts, embeddings, rewards, method, training_device())
+        trainer.watch = watch
+        return trainer
 
     @classmethod
     def assembled(
@@ -120,8 +126,9 @@ class Trainer:
             last = self.iteration == config.train.iterations
             if last or self.iteration % config.checkpoint.every == 0 or stopping():
                 self._refuse_bad_weights()
-                transformer, keep = self.model.transformer, config.checkpoint.keep
-                save_checkpoint(Path(config.output), self.iteration, transformer, self.optimizer, keep)
+                run, keep = Path(config.output), config.checkpoint.keep
+                best_first = ranked(run, config.watch.best_by)
+                save_checkpoint(run, self.iteration, self.model.transformer, self.optimizer, keep, best_first)
                 if stopping():
                     return
 

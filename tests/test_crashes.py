@@ -118,9 +118,8 @@ def test_killed_anywhere_the_run_is_the_same(parts: Path, whole: Path, tmp_path:
 
 def test_the_page_names_tests_that_exist_and_counts_the_kills() -> None:
     page = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text()
-    tests = "".join(
-        (Path(__file__).parent / f"test_{name}.py").read_text() for name in ("crashes", "checkpoints", "stopping")
-    )
+    files = ("crashes", "checkpoints", "stopping", "watch")
+    tests = "".join((Path(__file__).parent / f"test_{name}.py").read_text() for name in files)
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 15
     assert named <= set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
@@ -131,7 +130,7 @@ def test_the_page_names_tests_that_exist_and_counts_the_kills() -> None:
 def test_there_are_kills_at_every_point() -> None:
     package = Path(__file__).parents[1] / "leapalign"
     named = {name for path in package.rglob("*.py") for name in re.findall(r'\bpoint\("([^"]+)"\)', path.read_text())}
-    assert named == set(KILLS)
+    assert named == {*KILLS, "watch"}, "those of the watch are in test_watch.py"
 
 
 def test_killed_again_and_again_the_run_is_the_same(parts: Path, whole: Path, tmp_path: Path) -> None:

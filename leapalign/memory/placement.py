@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -57,6 +58,18 @@ def place_reward(reward: RewardFn, device: torch.device) -> None:
     """Moves a reward to ``device``, where it is a module."""
     if isinstance(reward, nn.Module):
         _move(reward, device)
+
+
+@contextlib.contextmanager
+def lent_device(rewards: Collection[RewardFn], device: torch.device) -> Iterator[None]:
+    """``rewards`` are on ``device`` within the block, and in host memory after it."""
+    try:
+        for reward in rewards:
+            place_reward(reward, device)
+        yield
+    finally:
+        for reward in rewards:
+            place_reward(reward, torch.device("cpu"))
 
 
 def _move(module: nn.Module, device: torch.device) -> None:

@@ -5,7 +5,7 @@ A loaded reward may have an attribute ``highest``, a score that no image exceeds
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -44,16 +44,21 @@ def get_reward(name: str, **options: Any) -> RewardFn:
 def reward_terms(config: Config, make: Callable[..., RewardFn] = get_reward) -> list[RewardTerm]:
     """The rewards of ``config``, made by ``make(name, **options)``, with their thresholds and weights.
 
-    Of several called the same, the second is called NAME_2. Raises UserError as `get_reward`.
+    They are called as `reward_names` says. Raises UserError as `get_reward`.
     """
     terms: list[RewardTerm] = []
-    for number, settings in enumerate(config.rewards):
+    for name, settings in zip(reward_names(config.rewards), config.rewards, strict=True):
         options = {"threshold": config.threshold, "weight": 1.0, **settings}
         said = validated(_Share, {key: options.pop(key) for key in ("threshold", "weight")}, "reward")
-        same = sum(other["name"] == settings["name"] for other in config.rewards[:number])
-        name = f"{settings['name']}_{same + 1}" if same else settings["name"]
         terms.append(RewardTerm(name, make(**options), said.threshold, said.weight))
     return terms
+
+
+def reward_names(rewards: Sequence[dict[str, Any]]) -> list[str]:
+    """What ``rewards`` are called: of several of one name, the second NAME_2."""
+    names = [str(settings["name"]) for settings in rewards]
+    same = [names[:number].count(name) for number, name in enumerate(names)]
+    return [f"{name}_{count + 1}" if count else name for name, count in zip(names, same, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+"""What the untouched model made of the held-out prompts: latents in the run folder, which drift is measured from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from leapalign.config import Config
+from leapalign.durable import beside
+from leapalign.validation import UserError, brief
+
+FILE = "watch_base.safetensors"
+_MADE_WITH = "made_with"
+
+
+def save_base(run: Path, latents: Tensor, config: Config, prompts: Sequence[str]) -> None:
+    """Writes ``latents (N, ...)``, and what they were made with. Raises UserError."""
+    with beside(run / FILE) as partial:
+        # As one entry: several would be written in any order, and the file should be the same every time.
+        save_file({"latents": latents.contiguous()}, partial, {_MADE_WITH: json.dumps(_made_with(config, prompts))})
+
+
+def load_base(run: Path, config: Config, prompts: Sequence[str]) -> Tensor:
+    """The latents of `save_base`. Raises UserError where they are missing, damaged, or were made otherwise."""
+    path = run / FILE
+    try:
+        with safe_open(path, "pt") as file:
+            made_with, latents = json.loads(file.metadata()[_MADE_WITH]), file.get_tensor("latents")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"cannot read '{path}' ({brief(error)}), which the watch compares with; put it back from a copy, or set "
+            "watch.every=0"
+        ) from None
+    for name, value in _made_with(config, prompts).items():
+        if made_with.get(name) != value:
+            raise UserError(
+                f"{name} has changed since the base was measured, which the watch compares with; set it back, or set "
+                "watch.every=0"
+            )
+    return latents
+
+
+def _made_with(config: Config, prompts: Sequence[str]) -> dict[str, str | int | float]:
+    """By config key, whatever decides what the base model draws."""
+    model = config.model
+    return {
+        "watch.prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "watch.seeds": config.watch.seeds,
+        "rollout.num_steps": config.rollout.num_steps,
+        "model.height": model.height,
+        "model.width": model.width,
+        "model.guidance": model.guidance,
+        "model.true_cfg_scale": model.true_cfg_scale,
+        "model.negative_prompt": model.negative_prompt,
+    }

@@ -1,0 +1,29 @@
+"""``watch.jsonl``: what the watch measured, one JSON object a line, oldest first."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from leapalign.durable import write_text
+
+FILE = "watch.jsonl"
+
+
+def read_watch(run: Path) -> list[dict[str, float]]:
+    """All records; empty where there are none."""
+    path = run / FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def replace_watch(run: Path, records: Sequence[dict[str, float]]) -> None:
+    """Replaces the records, which are on the disk on return. Raises UserError."""
+    write_text(run / FILE, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def ranked(run: Path, metric: str) -> list[int]:
+    """The iterations that were measured, that of the highest ``metric`` first; of equals, the earlier."""
+    values = {int(record["iteration"]): record.get(metric, math.nan) for record in read_watch(run)}
+    return sorted((n for n, value in values.items() if math.isfinite(value)), key=lambda n: (-values[n], n))
