@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from torch import nn
 from transformers import CLIPConfig
 
-from leapalign.config import Config, PositiveFloat
+from leapalign.config import Config, FiniteFloat, PositiveFloat
 from leapalign.reward_gradient import RewardFn, RewardTerm
 from leapalign.rewards.aesthetic import Aesthetic
 from leapalign.rewards.clipscore import CLIPScore
@@ -23,7 +22,7 @@ from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.pickscore import PickScore
 from leapalign.rewards.simulated import VIT_H_14, simulated_clip
-from leapalign.validation import UserError, did_you_mean, validated
+from leapalign.validation import UserError, did_you_mean, shortened, validated
 
 REWARDS: dict[str, type[Any]] = {
     "aesthetic": Aesthetic,
@@ -38,7 +37,7 @@ REWARDS: dict[str, type[Any]] = {
 
 def get_reward(name: str, **options: Any) -> RewardFn:
     """The reward called ``name``, loaded. Raises UserError for an unknown name or option, or missing weights."""
-    return _settings(name, options).load()
+    return _settings(name, **options).load()
 
 
 def reward_terms(config: Config, make: Callable[..., RewardFn] = get_reward) -> list[RewardTerm]:
@@ -46,19 +45,20 @@ def reward_terms(config: Config, make: Callable[..., RewardFn] = get_reward) -> 
 
     Of several called the same, the second is called NAME_2. Raises UserError as `get_reward`.
     """
-    terms: list[RewardTerm] = []
+    named: list[tuple[str, _Share, dict[str, Any]]] = []
+    # All are checked before the first is loaded.
     for number, settings in enumerate(config.rewards):
         options = {"threshold": config.threshold, "weight": 1.0, **settings}
         said = validated(_Share, {key: options.pop(key) for key in ("threshold", "weight")}, "reward")
+        _settings(**options)
         same = sum(other["name"] == settings["name"] for other in config.rewards[:number])
-        name = f"{settings['name']}_{same + 1}" if same else settings["name"]
-        terms.append(RewardTerm(name, make(**options), said.threshold, said.weight))
-    return terms
+        named.append((f"{settings['name']}_{same + 1}" if same else settings["name"], said, options))
+    return [RewardTerm(name, make(**options), said.threshold, said.weight) for name, said, options in named]
 
 
 @dataclass(frozen=True)
 class _Share:
-    threshold: Annotated[float, Field(allow_inf_nan=False)]
+    threshold: FiniteFloat
     weight: PositiveFloat
 
 
@@ -67,14 +67,14 @@ def simulated_reward(name: str, **options: Any) -> nn.Module:
 
     One that does not say how large it is counts as a CLIP ViT-H/14. Raises UserError as `get_reward` for its options.
     """
-    settings = _settings(name, options)
+    settings = _settings(name, **options)
     if hasattr(settings, "simulated"):
         simulated: nn.Module = settings.simulated()
         return simulated
     return simulated_clip(CLIPConfig.from_pretrained(VIT_H_14), "float32")
 
 
-def _settings(name: str, options: dict[str, Any]) -> Any:
+def _settings(name: str, **options: Any) -> Any:
     if name not in REWARDS:
-        raise UserError(f"unknown reward '{name}'{did_you_mean(name, REWARDS)}")
+        raise UserError(f"unknown reward '{shortened(name)}'{did_you_mean(name, REWARDS)}")
     return validated(REWARDS[name], options, f"reward '{name}'")
