@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leapalign.validation import UserError
+from leapalign.validation import UserError, brief
 
 if TYPE_CHECKING:
     from leapalign.config import Config
@@ -103,11 +103,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.execute(arguments, overrides)
     except UserError as error:
-        print(f"leapalign: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
+    except OSError as error:
+        return _refused(UserError(f"{brief(error)}; check the path, its permissions and the room on its disk"))
+    except (MemoryError, RuntimeError) as error:
+        from leapalign.memory.room import FULL, is_full
+
+        if not is_full(error):
+            raise
+        return _refused(UserError(FULL))
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _refused(error: UserError) -> int:
+    print(f"leapalign: {error}", file=sys.stderr)
+    return 2
 
 
 def _quiet_libraries() -> None:

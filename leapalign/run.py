@@ -25,8 +25,10 @@ SAMPLE_SEED = 2_000_000
 
 
 def refuse_used_folder(run: Path) -> None:
-    """Raises UserError where ``run`` already holds a run."""
-    if (run / METRICS).exists() or (run / "checkpoints").exists():
+    """Raises UserError where ``run`` already holds a run, or can be no folder."""
+    with writing(run):
+        used = (run / METRICS).exists() or (run / "checkpoints").exists()
+    if used:
         raise UserError(f"'{run}' already holds a run; continue it with --resume {run} or choose another output")
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from leapalign.cli import main
 from leapalign.run_folder import read_metrics
@@ -93,6 +94,13 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["model.height=30"], "multiples of 4"),
         (["prompts.path=none.txt"], "check prompts.path"),
         (["prompts.path=EMPTY"], "holds no prompts"),
+        ([f"prompts.path={'x' * 300}"], "check prompts.path"),
+        ([f"reward={{name: aesthetic, path: {'x' * 300}}}"], "check reward.path"),
+        (["reward=[{name: pickscore, path: nowhere/at/all}, {name: aesthetic}]"], "'path' is missing"),
+        (["train.batch_size=1000000000000"], "less than or equal to 65536"),
+        (["method.name=[1]"], "is no name of a method"),
+        (["seed=&a 1", "seed=*a"], "not valid YAML"),
+        (["output=" + "x" * 300], "File name too long"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
@@ -103,6 +111,37 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     output = tmp_path / "run"
     assert message in refused(["train", "--config", TINY, f"output={output}", *assignments], capsys)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "the memory is full; lower rollout.batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "the memory is full"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "the memory is full",
+        ),
+        (OSError(28, "No space left on device", "somewhere"), "No space left on device: 'somewhere'; check the path"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("leapalign.cli.doctor_command", fail)
+    assert message in refused(["doctor"], capsys)
+
+
+def test_a_bug_is_no_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("leapalign.cli.doctor_command", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["doctor"])
 
 
 def test_train_without_config_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def find_file(path: str, names: tuple[str, ...], setting: str = "reward.path") -
     setting: the option that ``path`` comes from. Raises UserError where there is no such file.
     """
     local = Path(path)
-    if local.is_file():
+    if os.path.isfile(local):  # unlike Path's, False for a path that can be none
         return local
-    if local.is_dir():
+    if os.path.isdir(local):
         found = [local / name for name in names if (local / name).is_file()]
         if not found:
             raise UserError(f"folder '{path}' holds no {' or '.join(names)}; put it there or change {setting}")
