@@ -132,7 +132,8 @@ def _quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
+        # What goes wrong is told by the error that follows, in one sentence of ours.
+        library.set_verbosity(logging.CRITICAL)
         library.disable_progress_bar()
 
 
@@ -200,8 +201,8 @@ def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
 
     config, file, prompts = _config_and_prompts(arguments, overrides, arguments.prompt)
     weights = _run_weights(arguments)
-    embeddings = embeddings_of(config, prompts)
     model = sampling_model(config, weights)
+    embeddings = embeddings_of(config, prompts)
     seeds = range(arguments.seed, arguments.seed + len(prompts))
     arguments.output.mkdir(parents=True, exist_ok=True)
     files = prepare_folders(arguments.output, [] if arguments.prompt else read_metadata(file))

@@ -35,17 +35,18 @@ def fill_cache(folder: Path, config: ModelConfig, prompts: Path, device: torch.d
         return itertools.chain(iter_prompts(prompts), negative_prompts(config))
 
     wanted = {hash_of(text) for text in texts()}
+    encoders = text_encoders(config, device)
     cache = PromptCache(folder)
     dtype = str(text_dtype(config, device)).removeprefix("torch.")
     manifest = cache.begin(config, dtype)
     held = [cache.held(encoder) & wanted for encoder in range(len(manifest.encoders or ()))]
     if not held or any(done != wanted for done in held):
         held = []
-        for encode in text_encoders(config, device):
+        for encode in encoders:
             held.append(_fill(cache, len(held), encode, texts, wanted))
             del encode  # or two text encoders would be there at once
-        encoders = [cache.row_shapes(number) for number in range(len(held))]
-        cache.write_manifest(dataclasses.replace(manifest, encoders=encoders))
+        shapes = [cache.row_shapes(number) for number in range(len(held))]
+        cache.write_manifest(dataclasses.replace(manifest, encoders=shapes))
     reused = len(set.intersection(*held))
     return {
         "encoded": len(wanted) - reused,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+SHOWN = 3
+"""Names that a message gives of many."""
 
 
 class UserError(ValueError):
@@ -33,6 +35,12 @@ def shortened(text: str) -> str:
 def brief(error: Exception) -> str:
     """The message of ``error`` in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first `SHOWN` of ``names``, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

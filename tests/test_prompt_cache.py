@@ -117,7 +117,7 @@ def test_training_from_the_cache_is_training_without_text_encoders(
     fill_cache(tmp_path / "cache", config.model, prompts, CPU)
     for name in ENCODERS:
         shutil.rmtree(tmp_path / "model" / name)
-    with pytest.raises(UserError, match="cannot load text encoders"):
+    with pytest.raises(UserError, match="cannot load the text_encoder"):
         Trainer.from_config(config)
     cached = run(load_config(Path(TINY), [*asked, f"prompts.cache={tmp_path / 'cache'}"]))
     assert cached[0] == plain[0]
@@ -145,7 +145,7 @@ def test_a_full_cache_loads_no_text_encoder(tmp_path: Path, model: ModelConfig) 
     for name in ENCODERS:
         shutil.rmtree(tmp_path / "model" / name)
     assert filled(tmp_path, model, prompts_of(3))["reused"] == 3
-    with pytest.raises(UserError, match="cannot load text encoders"):
+    with pytest.raises(UserError, match="cannot load the text_encoder"):
         filled(tmp_path, model, prompts_of(4))
 
 
