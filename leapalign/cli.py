@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -10,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from leapalign.validation import UserError, brief
 
 if TYPE_CHECKING:
     from leapalign.config import Config
+    from leapalign.trainer import Trainer
 
 OVERRIDES = "any config key can follow as section.key=value"
 KERNELS = "kernels"  # everything behind this word belongs to leap_kernels
@@ -99,9 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for item in overrides:
         if item.startswith("-") or "=" not in item:
             parser.error(f"unrecognized argument '{item}'; config overrides read section.key=value")
-    _quiet_libraries()
     try:
-        arguments.execute(arguments, overrides)
+        with _no_hub_code():
+            _quiet_libraries()
+            arguments.execute(arguments, overrides)
     except UserError as error:
         return _refused(error)
     except OSError as error:
@@ -122,11 +125,27 @@ def _refused(error: UserError) -> int:
     return 2
 
 
+@contextlib.contextmanager
+def _no_hub_code() -> Iterator[None]:
+    """Within the block the package ``kernels`` is not there to be imported.
+
+    Diffusers imports bitsandbytes, which on some processors would have it fetch code for 4-bit weights from the hub.
+    """
+    before = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before
+
+
 def _quiet_libraries() -> None:
     """Loading bars and advice of other libraries would drown ours."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # It warns about an optional 4-bit kernel that nothing here uses.
+    # It warns that the code it would have fetched is not there.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -140,14 +159,17 @@ def _quiet_libraries() -> None:
 def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.config import load_config
     from leapalign.report import text_table
-    from leapalign.run import run_training, unused_folder
+    from leapalign.run import opened_run, unused_folder
     from leapalign.tiny.demo import run_demo, summary
     from leapalign.tiny.demo_report import HEADER, figures, write_report
 
     started = time.perf_counter()
     config = load_config(DEMO_CONFIG, overrides)
     config = dataclasses.replace(config, output=str(unused_folder(Path(config.output))))
-    comparison = run_demo(config, run_training)
+    with opened_run(config, resume=False) as trainer:
+        comparison = run_demo(trainer, _train)
+    if comparison is None:
+        return
     run = Path(config.output)
     page = write_report(comparison, run)
     result = {
@@ -163,21 +185,29 @@ def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def train_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from leapalign.run import opened_run, run_training
+    from leapalign.run import opened_run
     from leapalign.run_folder import read_metrics
-    from leapalign.stopping import stop_requests
 
     config = _config(arguments.config, arguments.resume, overrides)
     if arguments.resume:
         config = dataclasses.replace(config, output=str(arguments.resume))
-    with opened_run(config, resume=bool(arguments.resume)) as trainer, stop_requests() as stopping:
-        run_training(trainer, stopping)
-        if trainer.iteration < config.train.iterations:
-            print(
-                f"stopped after iteration {trainer.iteration}; continue with --resume {config.output}", file=sys.stderr
-            )
+    with opened_run(config, resume=bool(arguments.resume)) as trainer:
+        _train(trainer)
     if arguments.json:
         print(json.dumps({**read_metrics(Path(config.output))[-1], "run": config.output}))
+
+
+def _train(trainer: Trainer) -> float:
+    """Trains to the end, or until SIGTERM or Ctrl-C, and says so; returns the seconds spent in iterations."""
+    from leapalign.run import run_training
+    from leapalign.stopping import stop_requests
+
+    with stop_requests() as stopping:
+        seconds = run_training(trainer, stopping)
+    if trainer.iteration < trainer.config.train.iterations:
+        remedy = f"continue with leapalign train --resume {trainer.config.output}"
+        print(f"stopped after iteration {trainer.iteration}; {remedy}", file=sys.stderr)
+    return seconds
 
 
 def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,18 @@ def test_a_bug_is_no_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leapalign.cli.doctor_command", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["doctor"])
+
+
+def test_no_library_speaks_and_no_code_is_fetched(tmp_path: Path) -> None:
+    """In a process of its own: warnings come at the first import."""
+    code = (
+        "import sys; from leapalign.cli import main; code = main(sys.argv[1:]);"
+        "assert 'kernels.hf_hub' not in sys.modules and 'kernels' not in sys.modules; sys.exit(code)"
+    )
+    arguments = ["generate", "--config", TINY, "--prompt", "a red circle", "--output", str(tmp_path), *SMALL]
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert all("image" in line for line in found.stderr.replace("\r", "\n").splitlines() if line), found.stderr
 
 
 def test_train_without_config_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.config import Config
 from leapalign.models.protocol import FlowModel
@@ -20,7 +21,8 @@ def require_room(config: Config, model: FlowModel, device: torch.device) -> None
     What fits by this measure may still be too much: `leapalign memory` says what an iteration takes.
     """
     images, steps = min(config.rollout.batch_size, config.train.batch_size), config.rollout.num_steps
-    latent = model.draw_noise([0])
+    with FakeTensorMode():  # which takes no memory
+        latent = model.draw_noise([0])
     needed = images * (2 * steps + 1) * latent.numel() * latent.element_size()
     there = _total(device)
     if there is not None and needed > there:
