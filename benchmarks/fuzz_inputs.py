@@ -17,7 +17,6 @@ import copy
 import dataclasses
 import functools
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -32,11 +31,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # A script finds the modules of its own folder alone.
 
 from benchmarks import mutations
 from leapalign import models, rewards
-from leapalign.cli import _quiet_libraries
 from leapalign.config import Config, load_config
+from leapalign.libraries import quiet_libraries
 from leapalign.models.folder import ModelFolder
 from leapalign.prompts import read_prompts
 from leapalign.run import refuse_used_folder, run_training
@@ -63,6 +65,10 @@ class Tally:
     outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
     failures: list[str] = field(default_factory=list)
     slowest: tuple[float, str] = (0.0, "")
+
+    def fail(self, number: int, why: str) -> None:
+        self.failures.append(f"case {number}: {why}")
+        tqdm.write(self.failures[-1], file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -196,7 +202,7 @@ def fuzz(cases: range, seed: int, run_every: int) -> Tally:
     with tempfile.TemporaryDirectory() as name, kept_parts():
         folder = Path(name)
         checked(load_config(mutations.CONFIGS[-1]))  # What loads at first use is no case's fault.
-        for number in cases:
+        for number in tqdm(cases, desc="cases", disable=None):
             for attempt in range(2):
                 try:
                     with within(CASE_SECONDS):
@@ -204,11 +210,11 @@ def fuzz(cases: range, seed: int, run_every: int) -> Tally:
                 except Overdue as error:
                     if attempt == 0:
                         continue  # The machine may have been busy.
-                    tally.failures.append(f"case {number}: {error}")
+                    tally.fail(number, str(error))
                 except Exception as error:
                     if len(cases) == 1:
                         traceback.print_exc()
-                    tally.failures.append(f"case {number}: {type(error).__name__}: {str(error)[:200]}")
+                    tally.fail(number, f"{type(error).__name__}: {str(error)[:200]}")
                 break
             shutil.rmtree(folder / "run", ignore_errors=True)
     return tally
@@ -221,8 +227,10 @@ def main() -> int:
     parser.add_argument("--run-every", type=int, default=1, help="of the accepted configs that are small")
     parser.add_argument("--only", type=int, help="the number of one case")
     arguments = parser.parse_args()
-    _quiet_libraries()
+    quiet_libraries()
     torch.set_num_threads(1)
+    import resource  # which Windows has not
+
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     cases = range(arguments.cases) if arguments.only is None else range(arguments.only, arguments.only + 1)
     started = time.perf_counter()
@@ -231,8 +239,6 @@ def main() -> int:
     for outcome, count in sorted(tally.outcomes.items()):
         print(f"{count:8,} {outcome}")
     print(f"slowest check {tally.slowest[0]:.2f} s ({tally.slowest[1]}); {len(tally.failures)} failures")
-    for failure in tally.failures:
-        print(f"  {failure}")
     return 1 if tally.failures else 0
 
 

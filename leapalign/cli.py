@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import logging
-import os
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leapalign.validation import UserError, brief
+from leapalign.failures import user_error
+from leapalign.libraries import no_hub_code, quiet_libraries
+from leapalign.validation import UserError
 
 if TYPE_CHECKING:
     from leapalign.config import Config
@@ -102,58 +100,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if item.startswith("-") or "=" not in item:
             parser.error(f"unrecognized argument '{item}'; config overrides read section.key=value")
     try:
-        with _no_hub_code():
-            _quiet_libraries()
+        with no_hub_code():
+            quiet_libraries()
             arguments.execute(arguments, overrides)
-    except UserError as error:
-        return _refused(error)
-    except OSError as error:
-        return _refused(UserError(f"{brief(error)}; check the path, its permissions and the room on its disk"))
-    except (MemoryError, RuntimeError) as error:
-        from leapalign.memory.room import FULL, is_full
-
-        if not is_full(error):
-            raise
-        return _refused(UserError(FULL))
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        told = user_error(error)
+        if told is None:
+            raise
+        print(f"leapalign: {told}", file=sys.stderr)
+        return 2
     return 0
-
-
-def _refused(error: UserError) -> int:
-    print(f"leapalign: {error}", file=sys.stderr)
-    return 2
-
-
-@contextlib.contextmanager
-def _no_hub_code() -> Iterator[None]:
-    """Within the block the package ``kernels`` is not there to be imported.
-
-    Diffusers imports bitsandbytes, which on some processors would have it fetch code for 4-bit weights from the hub.
-    """
-    before = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["kernels"]
-        if before is not None:
-            sys.modules["kernels"] = before
-
-
-def _quiet_libraries() -> None:
-    """Loading bars and advice of other libraries would drown ours."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # It warns that the code it would have fetched is not there.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        # What goes wrong is told by the error that follows, in one sentence of ours.
-        library.set_verbosity(logging.CRITICAL)
-        library.disable_progress_bar()
 
 
 def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -39,7 +39,7 @@ def read_network(kind: Any, path: str, dtype: torch.dtype, what: str, setting: s
     named = "; ".join(f"{fault}: {first_of(sorted(names))}" for fault, names in faults.items() if names)
     if named:
         raise UserError(f"the weights of {what} of '{path}' do not fit its config.json ({named}); download both again")
-    require_finite(network.named_parameters(), f"{what} of '{path}'")
+    require_finite(network.state_dict().items(), f"{what} of '{path}'")
     return network
 
 

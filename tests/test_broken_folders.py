@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from leapalign.cli import main
 from leapalign.embedded import FOLDER
+from leapalign.models.folder import read_index
 from leapalign.networks import require_finite
 from leapalign.validation import UserError
 
@@ -209,6 +210,11 @@ def test_code_in_a_model_folder_never_runs(
     line = refusal(["train", "--config", TINY, f"model.path={model}", f"output={output}"], output, capsys)
     assert "code of a model folder is never run" in line
     assert not (tmp_path / "pwned").exists()
+
+
+def test_parts_lie_in_their_folder(model: Path) -> None:
+    with_json("model_index.json", **{"../secret": ["diffusers", "AutoencoderKL"], "..": ["a", "b"], "vae": 3})(model)
+    assert {"../secret", "..", "vae"}.isdisjoint(read_index(str(model)))
 
 
 def test_pickled_weights_are_not_read(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Too little memory, said in words: before the run where its rollouts alone need more, else when it is full."""
+"""Too little memory, told before the run where its rollouts alone need more."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from leapalign.config import Config
 from leapalign.models.protocol import FlowModel
 from leapalign.validation import UserError
-
-_LOWER = "lower rollout.batch_size, train.microbatch, rollout.num_steps or the size of the images"
-FULL = f"the memory is full; {_LOWER}, and see leapalign memory --config CONFIG --auto for what fits"
 
 
 def require_room(config: Config, model: FlowModel, device: torch.device) -> None:
@@ -40,8 +37,3 @@ def _total(device: torch.device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether ``error`` says that no memory was left, on a GPU or beside it."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -73,8 +73,9 @@ def read_index(path: str) -> dict[str, Any]:
         raise UserError(
             f"'{path}' is no model in diffusers layout, with a model_index.json ({brief(error)}); check model.path"
         ) from None
-    return {name: value for name, value in index.items() if isinstance(value, str) or _names_class(value)}
+    # A part is a folder in this one: no path, which could lead elsewhere.
+    return {name: value for name, value in index.items() if name.isidentifier() and _is_entry(value)}
 
 
-def _names_class(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and len(value) == 2)
