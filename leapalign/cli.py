@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
-import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leapalign.failures import user_error
+from leapalign.libraries import no_hub_code, quiet_libraries
 from leapalign.validation import UserError
 
 if TYPE_CHECKING:
     from leapalign.config import Config
+    from leapalign.trainer import Trainer
 
 OVERRIDES = "any config key can follow as section.key=value"
 KERNELS = "kernels"  # everything behind this word belongs to leap_kernels
@@ -99,42 +99,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     for item in overrides:
         if item.startswith("-") or "=" not in item:
             parser.error(f"unrecognized argument '{item}'; config overrides read section.key=value")
-    _quiet_libraries()
     try:
-        arguments.execute(arguments, overrides)
-    except UserError as error:
-        print(f"leapalign: {error}", file=sys.stderr)
-        return 2
+        with no_hub_code():
+            quiet_libraries()
+            arguments.execute(arguments, overrides)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        told = user_error(error)
+        if told is None:
+            raise
+        print(f"leapalign: {told}", file=sys.stderr)
+        return 2
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Loading bars and advice of other libraries would drown ours."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # It warns about an optional 4-bit kernel that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
 
 
 def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.config import load_config
     from leapalign.report import text_table
-    from leapalign.run import run_training, unused_folder
+    from leapalign.run import opened_run, unused_folder
     from leapalign.tiny.demo import run_demo, summary
     from leapalign.tiny.demo_report import HEADER, figures, write_report
 
     started = time.perf_counter()
     config = load_config(DEMO_CONFIG, overrides)
     config = dataclasses.replace(config, output=str(unused_folder(Path(config.output))))
-    comparison = run_demo(config, run_training)
+    with opened_run(config, resume=False) as trainer:
+        comparison = run_demo(trainer, _train)
+    if comparison is None:
+        return
     run = Path(config.output)
     page = write_report(comparison, run)
     result = {
@@ -150,22 +143,32 @@ def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def train_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from leapalign.run import opened_run, run_training
+    from leapalign.run import opened_run
     from leapalign.run_folder import read_metrics
-    from leapalign.stopping import stop_requests
 
     config = _config(arguments.config, arguments.resume, overrides)
     if arguments.resume:
         config = dataclasses.replace(config, output=str(arguments.resume))
-    with opened_run(config, resume=bool(arguments.resume)) as trainer, stop_requests() as stopping:
-        run_training(trainer, stopping)
+    with opened_run(config, resume=bool(arguments.resume)) as trainer:
+        _train(trainer)
         stop = trainer.watch.stop if trainer.watch else None
-        if stop or trainer.iteration < config.train.iterations:
-            remedy = f", as {stop}; change this rule to continue with" if stop else "; continue with"
-            print(f"stopped after iteration {trainer.iteration}{remedy} --resume {config.output}", file=sys.stderr)
     if arguments.json:
         end = {"run": config.output, "stopped_by": stop.rule.text if stop else None}
         print(json.dumps({**read_metrics(Path(config.output))[-1], **end}))
+
+
+def _train(trainer: Trainer) -> float:
+    """Trains to the end, or until SIGTERM or Ctrl-C, and says so; returns the seconds spent in iterations."""
+    from leapalign.run import run_training
+    from leapalign.stopping import stop_requests
+
+    with stop_requests() as stopping:
+        seconds = run_training(trainer, stopping)
+    stop, resume = trainer.watch.stop if trainer.watch else None, f"leapalign train --resume {trainer.config.output}"
+    if stop or trainer.iteration < trainer.config.train.iterations:
+        remedy = f", as {stop}; change this rule to continue with" if stop else "; continue with"
+        print(f"stopped after iteration {trainer.iteration}{remedy} {resume}", file=sys.stderr)
+    return seconds
 
 
 def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config:
@@ -189,8 +192,8 @@ def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
 
     config, file, prompts = _config_and_prompts(arguments, overrides, arguments.prompt)
     weights = _run_weights(arguments)
-    embeddings = embeddings_of(config, prompts)
     model = sampling_model(config, weights)
+    embeddings = embeddings_of(config, prompts)
     seeds = range(arguments.seed, arguments.seed + len(prompts))
     arguments.output.mkdir(parents=True, exist_ok=True)
     files = prepare_folders(arguments.output, [] if arguments.prompt else read_metadata(file))

@@ -12,12 +12,19 @@ import yaml
 from pydantic import Field
 
 from leapalign.durable import write_text
-from leapalign.validation import UserError, brief, validated
+from leapalign.validation import UserError, brief, shortened, validated
+from leapalign.yaml_values import LONGEST, yaml_values
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Above these bounds nothing works any more; they keep a slip of the finger from filling the memory.
+PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Images = Annotated[int, Field(ge=1, le=2**16)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,12 @@ class ModelConfig:
     """Both velocities in one forward; false: one after the other, which halves the activations."""
     compile: bool = False
     """Compile the transformer's repeated blocks: minutes at first, faster afterwards."""
-    lora_rank: NonNegativeInt = 0
+    lora_rank: Annotated[int, Field(ge=0, le=2**14)] = 0
     """Trains adapters of this rank beside frozen weights; 0: all weights are trained."""
     lora_targets: tuple[str, ...] = ()
     """How the names of adapted linear layers end; empty: all in the blocks but for modulation."""
-    height: PositiveInt = 32
-    width: PositiveInt = 32
+    height: Pixels = 32
+    width: Pixels = 32
     """Image size in pixels."""
 
 
@@ -55,9 +62,9 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    num_steps: PositiveInt = 25
+    num_steps: Steps = 25
     """Euler steps from noise to image."""
-    batch_size: PositiveInt = 32
+    batch_size: Images = 32
     """Images sampled at once; an iteration of ``train.batch_size`` images runs as several such rollouts."""
 
 
@@ -72,9 +79,9 @@ class OptimizerConfig:
     row and column, no first ones. The last two round bfloat16 weights stochastically."""
     learning_rate: PositiveFloat = 1e-5
     """Of AdamW a weight's largest steady step; of adafactor the largest root mean square of a tensor's."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta1: Decay = 0.9
     """Of the first moments, where there are any."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    beta2: Decay = 0.999
     """Of the second moments; adafactor's is ``1 - n^-0.8`` at step n."""
     weight_decay: NonNegativeFloat = 1e-4
     max_grad_norm: PositiveFloat = 1.0
@@ -87,18 +94,18 @@ class OptimizerConfig:
 class EmaConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the average, which lives in host memory; bfloat16 is rounded stochastically."""
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    decay: Decay = 0.995
     """At most; warms up as ``n / (9 + n)`` at update n."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     iterations: PositiveInt = 300
-    batch_size: PositiveInt = 32
+    batch_size: Images = 32
     """Images per optimizer step."""
     microbatch: PositiveInt | None = None
     """Most samples in one forward with gradient; default: a whole rollout."""
-    leaps_per_rollout: PositiveInt = 1
+    leaps_per_rollout: Steps = 1
     """Draws of the method on each rollout, which share its reward gradient; their mean is the gradient."""
     reward_chunk: PositiveInt | None = None
     """Most images decoded and rewarded at once with gradient; default: a whole rollout."""
@@ -111,7 +118,7 @@ class MemoryConfig:
     the device then copies."""
     weights: Literal["resident", "streamed"] = "resident"
     """All weights on the device; or blocks copied from host memory as they are needed (with optimizer: host)."""
-    stream_buffers: Annotated[int, Field(ge=2)] = 3
+    stream_buffers: Annotated[int, Field(ge=2, le=1000)] = 3
     """Blocks on the device at a time, for streamed weights."""
     checkpointing: Literal["none", "blocks", "attention"] = "none"
     """What the backward pass recomputes instead of keeping: nothing, blocks, or blocks but for their attention."""
@@ -142,7 +149,7 @@ class CheckpointConfig:
 class SamplesConfig:
     every: PositiveInt = 50
     """Iterations between sample grids (same prompts and seeds every time)."""
-    count: PositiveInt = 24
+    count: Images = 24
 
 
 @dataclass(frozen=True)
@@ -175,8 +182,8 @@ class WatchConfig:
 class Config:
     output: str = "runs/leapalign"
     """The run folder."""
-    seed: NonNegativeInt = 0
-    threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.55
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    threshold: FiniteFloat = 0.55
     """``lambda`` of the loss: an image whose reward lies above it carries no gradient."""
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
@@ -213,6 +220,9 @@ class Config:
         for section, rewards in (("evaluate", self.evaluate.rewards), ("watch", self.watch.rewards)):
             if any("name" not in reward for reward in rewards):
                 raise ValueError(f"a reward of {section}.rewards has no name; add it, as in [{{name: hpsv2}}]")
+        for named in (self.method, *self.rewards, *self.evaluate.rewards, *self.watch.rewards):
+            if not isinstance(named["name"], str):
+                raise ValueError(f"{shortened(repr(named['name']))} is no name of a method or reward; write a word")
         self._check_watch()
 
     @property
@@ -259,11 +269,13 @@ class Config:
 def read_config(path: Path) -> dict[str, Any]:
     """The mapping in the YAML file at ``path``. Raises UserError where there is none."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except OSError as error:
         raise UserError(f"cannot read config '{path}': {error.strerror}; check --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config '{path}' is not valid YAML: {brief(error)}; correct it") from None
+    except ValueError as error:  # no UTF-8, or a path with a NUL character
+        raise UserError(f"cannot read config '{path}': {brief(error)}; check --config") from None
+    values = yaml_values(text, f"config '{path}'")
     if not isinstance(values, dict):
         raise UserError(f"config '{path}' must be a mapping of keys to values, see configs/tiny.yaml")
     return values
@@ -275,17 +287,14 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
     for assignment in assignments:
         dotted, separator, text = assignment.partition("=")
         if not separator or not dotted:
-            raise UserError(f"override '{assignment}' must read section.key=value")
+            raise UserError(f"override '{shortened(assignment)}' must read section.key=value")
         *sections, key = dotted.split(".")
         target = result
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise UserError(f"override '{assignment}': '{section}' is a value, not a section")
-        try:
-            target[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"override '{assignment}': the value is not valid YAML; quote it") from None
+                raise UserError(f"override '{shortened(assignment)}': '{section}' is a value, not a section")
+        target[key] = yaml_values(text, f"override '{shortened(assignment)}'")
     return result
 
 

@@ -15,15 +15,16 @@ from leapalign.validation import UserError, brief
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within the block a full disk, or a folder that cannot be written, is a UserError that names ``path``."""
+def writing(path: Path, then: str = "continue with --resume") -> Iterator[None]:
+    """Within the block a full disk, or a folder that cannot be written, is a UserError that names ``path``.
+
+    then: what to do once it can be.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else brief(error)
-        raise UserError(
-            f"cannot write '{path}' ({reason}); make room and check its permissions, then continue with --resume"
-        ) from None
+        raise UserError(f"cannot write '{path}' ({reason}); make room and check its permissions, then {then}") from None
 
 
 @contextlib.contextmanager

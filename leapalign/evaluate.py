@@ -56,8 +56,9 @@ def evaluate(
     for arm, weights in reversed(list(arms.items())):
         scores[arm] = {name: [] for name in rewards}
         done = 0
+        batches = _images(config, weights, embeddings, seed)
         with tqdm(total=len(prompts), desc=arm, unit="image") as bar:
-            for images in _images(config, weights, embeddings, seed):
+            for images in batches:
                 texts = prompts[done : done + len(images)]
                 for name, reward in rewards.items():
                     scores[arm][name] += _values(reward, images, texts)
@@ -69,10 +70,10 @@ def evaluate(
 
 
 def _images(config: Config, weights: Path | None, embeddings: Any, seed: int) -> Iterator[Tensor]:
-    """The model is gone when the last image is there."""
+    """Of a model that is gone when the last one is there."""
     model = sampling_model(config, weights)
     seeds = range(seed, seed + len(embeddings))
-    yield from image_batches(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
+    return image_batches(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
 
 
 @torch.no_grad()

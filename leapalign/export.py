@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from leapalign.checkpoint import TRANSFORMER, read_weights, run_weights
 from leapalign.config import Config
+from leapalign.durable import writing
 from leapalign.embedded import resolve
 from leapalign.model_card import FILE as CARD
 from leapalign.model_card import Export, model_card
@@ -29,8 +30,8 @@ _INDEX = "model_index.json"
 def export(run: Path, config: Config, output: Path, weights: str, layout: str) -> str:
     """Writes the run's `WEIGHTS` called ``weights``, as one of `LAYOUTS`, and a model card to a new folder ``output``.
 
-    Returns a sentence on what was written. Raises UserError where ``output`` exists, the run has no checkpoint, or
-    there is no such layout of these weights.
+    Returns a sentence on what was written. Raises UserError where ``output`` exists, the run has no checkpoint,
+    there is no such layout of these weights, or the disk is full.
     """
     if output.exists():
         raise UserError(f"'{output}' already exists; choose another --output")
@@ -39,16 +40,17 @@ def export(run: Path, config: Config, output: Path, weights: str, layout: str) -
     adapter = (source / ADAPTER_FILE).exists()
     write = _writer(layout, adapter)
     iterations = int(json.loads((source.parent / "state.json").read_text())["iteration"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or absent: what fails half-way goes with the scratch folder.
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        partial = Path(scratch) / output.name
-        partial.mkdir()
-        sentence = write(source, base, partial)
-        _copy_licence(base, partial)
-        card = model_card(Export(config, base, iterations, weights, layout, adapter))
-        (partial / CARD).write_text(card, encoding="utf-8")
-        os.rename(partial, output)
+    with writing(output, "export again"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or absent: what fails half-way goes with the scratch folder.
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+            partial = Path(scratch) / output.name
+            partial.mkdir()
+            sentence = write(source, base, partial)
+            _copy_licence(base, partial)
+            card = model_card(Export(config, base, iterations, weights, layout, adapter))
+            (partial / CARD).write_text(card, encoding="utf-8")
+            os.rename(partial, output)
     return sentence
 
 

@@ -27,7 +27,8 @@ def fill_cache(folder: Path, config: ModelConfig, prompts: Path, device: torch.d
 
     The file is read once for its check and once a text encoder; its hashes are in memory, its prompts are not. Returns
     how many prompts were ``encoded`` and ``reused`` (done by every text encoder before), the same for each of the
-    ``encoders``, ``seconds``, and the cache's ``bytes``. Raises UserError, before any encoding where that is possible.
+    ``encoders``, ``seconds``, and the cache's ``bytes``. Raises UserError, before any encoding where that is possible,
+    and where another process fills the folder.
     """
     started = time.perf_counter()
 
@@ -35,17 +36,19 @@ def fill_cache(folder: Path, config: ModelConfig, prompts: Path, device: torch.d
         return itertools.chain(iter_prompts(prompts), negative_prompts(config))
 
     wanted = {hash_of(text) for text in texts()}
+    encoders = text_encoders(config, device)
     cache = PromptCache(folder)
     dtype = str(text_dtype(config, device)).removeprefix("torch.")
-    manifest = cache.begin(config, dtype)
-    held = [cache.held(encoder) & wanted for encoder in range(len(manifest.encoders or ()))]
-    if not held or any(done != wanted for done in held):
-        held = []
-        for encode in text_encoders(config, device):
-            held.append(_fill(cache, len(held), encode, texts, wanted))
-            del encode  # or two text encoders would be there at once
-        encoders = [cache.row_shapes(number) for number in range(len(held))]
-        cache.write_manifest(dataclasses.replace(manifest, encoders=encoders))
+    with cache.being_filled():
+        manifest = cache.begin(config, dtype)
+        held = [cache.held(encoder) & wanted for encoder in range(len(manifest.encoders or ()))]
+        if not held or any(done != wanted for done in held):
+            held = []
+            for encode in encoders:
+                held.append(_fill(cache, len(held), encode, texts, wanted))
+                del encode  # or two text encoders would be there at once
+            shapes = [cache.row_shapes(number) for number in range(len(held))]
+            cache.write_manifest(dataclasses.replace(manifest, encoders=shapes))
     reused = len(set.intersection(*held))
     return {
         "encoded": len(wanted) - reused,

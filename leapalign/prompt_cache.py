@@ -31,6 +31,7 @@ from leapalign.models import encode_prompts, guided, negative_prompts
 from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.folder import read_index
 from leapalign.models.text_encoders import fingerprint
+from leapalign.run_lock import LOCK, OWNER, run_lock
 from leapalign.validation import UserError, brief, validated
 
 MANIFEST, SHARDS, UNFINISHED = "manifest.json", "shards", "unfinished"
@@ -113,6 +114,20 @@ class PromptCache:
             )
         return manifest
 
+    @contextmanager
+    def being_filled(self) -> Iterator[None]:
+        """Within the block no other process fills the folder, which is made where there is none.
+
+        Raises UserError where one does, and where the folder holds files of something else.
+        """
+        own = {MANIFEST, SHARDS, UNFINISHED, LOCK, OWNER}
+        with self._writing():
+            if self.folder.exists() and {path.name for path in self.folder.iterdir()} - own:
+                raise UserError(f"'{self.folder}' holds files of something else; use another folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with run_lock(self.folder, "filled"):
+            yield
+
     def begin(self, config: ModelConfig, dtype: str) -> Manifest:
         """The manifest of a folder to be filled in ``dtype``, a new one where there is none yet."""
         if (self.folder / MANIFEST).exists():
@@ -125,8 +140,6 @@ class PromptCache:
         else:
             manifest = Manifest.of(config, dtype)
         with self._writing():
-            if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {MANIFEST, SHARDS, UNFINISHED}:
-                raise UserError(f"'{self.folder}' holds files of something else; use another folder")
             shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)  # of a run that was killed
             for name in (SHARDS, UNFINISHED):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def iter_prompts(path: Path) -> Iterator[str]:
 
 def _found(path: Path) -> Iterator[tuple[str, object]]:
     """Each prompt with its place."""
-    if path.is_dir():
+    if os.path.isdir(path):  # False for a path that can be none
         return dataset_prompts(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":

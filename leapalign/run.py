@@ -15,7 +15,7 @@ from leapalign.config import Config, save_config
 from leapalign.durable import beside, make_folder, writing
 from leapalign.faults import point
 from leapalign.generate import generate
-from leapalign.memory.shortage import setup_shortage_explained, shortage_explained
+from leapalign.memory.shortage import shortage_explained
 from leapalign.pictures import image_grid
 from leapalign.run_folder import METRICS, MetricsLog
 from leapalign.run_lock import run_lock
@@ -29,8 +29,10 @@ SAMPLE_SEED = 2_000_000
 
 
 def refuse_used_folder(run: Path) -> None:
-    """Raises UserError where ``run`` already holds a run."""
-    if (run / METRICS).exists() or (run / "checkpoints").exists():
+    """Raises UserError where ``run`` already holds a run, or can be no folder."""
+    with writing(run):
+        used = (run / METRICS).exists() or (run / "checkpoints").exists()
+    if used:
         raise UserError(f"'{run}' already holds a run; continue it with --resume {run} or choose another output")
 
 
@@ -53,13 +55,11 @@ def opened_run(config: Config, resume: bool) -> Iterator[Trainer]:
         if resume:
             # At once: a second model in memory could end the first process.
             held.enter_context(run_lock(run))
-            with setup_shortage_explained():
-                trainer = Trainer.from_config(config)
+            trainer = Trainer.from_config(config)
             prepare_resume(trainer)
         else:
             refuse_used_folder(run)
-            with setup_shortage_explained():
-                trainer = Trainer.from_config(config)
+            trainer = Trainer.from_config(config)
             with writing(run):
                 make_folder(run)
             held.enter_context(run_lock(run))

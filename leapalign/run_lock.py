@@ -1,4 +1,4 @@
-"""One process trains a run: ``run.lock`` in its folder is locked by the operating system as long as one does."""
+"""One process works in a folder: ``run.lock`` in it is locked by the operating system as long as one does."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ OWNER = "run.pid"
 
 
 @contextlib.contextmanager
-def run_lock(run: Path) -> Iterator[None]:
+def run_lock(run: Path, work: str = "trained") -> Iterator[None]:
     """Holds the lock of the folder ``run``; the lock of a dead process is free.
 
-    Raises UserError naming the process that holds it.
+    work: what is done to it meanwhile. Raises UserError naming the process that holds it.
     """
     lock = FileLock(run / LOCK)
     with writing(run / LOCK):
@@ -29,7 +29,7 @@ def run_lock(run: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"'{run}' is being trained by process {_owner(run)}; wait for it, or stop it with Ctrl-C or kill"
+                f"'{run}' is being {work} by process {_owner(run)}; wait for it, or stop it with Ctrl-C or kill"
             ) from None
     try:
         with writing(run / OWNER):

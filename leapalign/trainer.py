@@ -18,6 +18,7 @@ from leapalign.embedded import resolve
 from leapalign.guards import fault_names
 from leapalign.memory.placement import place, training_device
 from leapalign.memory.residency import stage
+from leapalign.memory.room import require_room
 from leapalign.method_gradient import Objective, draw_several, joined, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import load_model
@@ -65,7 +66,10 @@ class Trainer:
 
     @classmethod
     def from_config(cls, config: Config) -> Trainer:
-        """Reads and checks every file the config names. Raises UserError before any long work."""
+        """Reads and checks every file the config names. Raises UserError before any long work.
+
+        Prompts are encoded last: without a cache that is long work.
+        """
         method = get_method(**config.method)
         prompts = read_prompts(Path(resolve(config.prompts.path)))
         rewards = reward_terms(config)
@@ -76,8 +80,11 @@ class Trainer:
             method.plan(model.sigmas(steps), **method.draw(steps, 1, torch.Generator()))
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
-        embeddings = embeddings_of(config, prompts)
-        trainer = cls.assembled(config, model, prompts, embeddings, rewards, method, training_device())
+        require_room(config, model, training_device())
+        trainer = cls.assembled(config, model, prompts, None, rewards, method, training_device())
+        trainer.embeddings = embeddings_of(config, prompts)
+        if watch:
+            watch.embeddings = embeddings_of(config, watch.prompts)
         trainer.watch = watch
         return trainer
 

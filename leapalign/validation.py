@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+SHOWN = 3
+"""Names that a message gives of many."""
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one sentence with the remedy; the command line exits with 2."""
+    """Something the user can mend. The message is one sentence with the remedy; the command line exits with 2.
+
+    Outside words in it may hold anything: it is kept to one line, without characters that a terminal would obey.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        super().__init__(
+            "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+        )
+
+
+def shortened(text: str) -> str:
+    """``text``, cut where it is longer than 80 characters."""
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def brief(error: Exception) -> str:
     """The message of ``error`` in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first `SHOWN` of ``names``, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -44,7 +66,7 @@ def _refuse_unknown_keys(cls: type[Any], values: Mapping[str, Any], where: str, 
     fields = {field.name: field.default_factory for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
-            raise UserError(f"{where}: unknown key '{section}{key}'{did_you_mean(str(key), fields)}")
+            raise UserError(f"{where}: unknown key '{section}{shortened(str(key))}'{did_you_mean(str(key), fields)}")
         if dataclasses.is_dataclass(fields[key]) and isinstance(value, Mapping):
             _refuse_unknown_keys(cast(type[Any], fields[key]), value, where, f"{section}{key}.")
 
@@ -55,4 +77,4 @@ def _sentence(error: ValidationError) -> str:
     reason = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] in ("missing", "missing_argument"):
         return f"'{key}' is missing; add it"
-    return f"'{key}' is {first['input']!r}: {reason[0].lower()}{reason[1:]}" if key else reason
+    return f"'{key}' is {shortened(repr(first['input']))}: {reason[0].lower()}{reason[1:]}" if key else reason

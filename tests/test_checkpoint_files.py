@@ -76,6 +76,14 @@ def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
         read_tensors(tmp_path / "page.pt")
 
 
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, name: str) -> None:
+    tensors = {**TENSORS, "head.bias": torch.tensor([1.0, float("nan")])}
+    (torch.save if name.endswith("pt") else save_file)(tensors, tmp_path / name)
+    with pytest.raises(UserError, match=rf"head\.bias in '.*{name}' holds NaN or infinite numbers; download"):
+        read_tensors(tmp_path / name)
+
+
 def test_code_in_a_file_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": Attack()}, tmp_path / "zip.pt")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from leapalign.cli import main
 from leapalign.run_folder import read_metrics
@@ -93,6 +96,13 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["model.height=30"], "multiples of 4"),
         (["prompts.path=none.txt"], "check prompts.path"),
         (["prompts.path=EMPTY"], "holds no prompts"),
+        ([f"prompts.path={'x' * 300}"], "check prompts.path"),
+        ([f"reward={{name: aesthetic, path: {'x' * 300}}}"], "check reward.path"),
+        (["reward=[{name: pickscore, path: nowhere/at/all}, {name: aesthetic}]"], "'path' is missing"),
+        (["train.batch_size=1000000000000"], "less than or equal to 65536"),
+        (["method.name=[1]"], "is no name of a method"),
+        (["seed=&a 1", "seed=*a"], "not valid YAML"),
+        (["output=" + "x" * 300], "File name too long"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
@@ -103,6 +113,49 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     output = tmp_path / "run"
     assert message in refused(["train", "--config", TINY, f"output={output}", *assignments], capsys)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "the memory is full; lower rollout.batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "the memory is full"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "the memory is full",
+        ),
+        (OSError(28, "No space left on device", "somewhere"), "No space left on device: 'somewhere'; check the path"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("leapalign.cli.doctor_command", fail)
+    assert message in refused(["doctor"], capsys)
+
+
+def test_a_bug_is_no_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("leapalign.cli.doctor_command", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["doctor"])
+
+
+def test_no_library_speaks_and_no_code_is_fetched(tmp_path: Path) -> None:
+    """In a process of its own: warnings come at the first import."""
+    code = (
+        "import sys; from leapalign.cli import main; code = main(sys.argv[1:]);"
+        "assert 'kernels.hf_hub' not in sys.modules and 'kernels' not in sys.modules; sys.exit(code)"
+    )
+    arguments = ["generate", "--config", TINY, "--prompt", "a red circle", "--output", str(tmp_path), *SMALL]
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert all("image" in line for line in found.stderr.replace("\r", "\n").splitlines() if line), found.stderr
 
 
 def test_train_without_config_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:

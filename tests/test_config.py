@@ -93,3 +93,7 @@ def test_documented_defaults_are_the_papers() -> None:
     config = Config()
     assert (config.rollout.num_steps, config.optimizer.learning_rate, config.ema.decay) == (25, 1e-5, 0.995)
     assert yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())["output"] == "runs/tiny"
+
+
+def test_messages_are_one_line_that_no_terminal_obeys() -> None:
+    assert str(UserError("the key 'a\nb\x1b[31m\u202e'\r\n is odd")) == "the key 'a b\ufffd[31m\ufffd' is odd"

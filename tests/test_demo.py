@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
+from test_stopping import signalled_in
 
+from leapalign.checkpoint import latest_checkpoint, step_folder
 from leapalign.cli import main
 from leapalign.embedded import FOLDER
+from leapalign.run_lock import run_lock
 from leapalign.tiny import demo
 from leapalign.tiny.world import FAMILIES
 
@@ -49,6 +53,8 @@ def test_run_folder_shows_everything(short_demo: tuple[Path, dict[str, object]])
         "tensorboard",
         "checkpoints",
         "samples",
+        "run.lock",
+        "run.pid",
         "learning_curve.png",
         "before_after.png",
         "index.html",
@@ -59,6 +65,30 @@ def test_run_folder_shows_everything(short_demo: tuple[Path, dict[str, object]])
         assert f'src="{picture}"' in page
         assert (run / picture).exists()
     assert json.loads((run / "result.json").read_text()) == result
+
+
+def test_a_demo_stops_in_good_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(demo, "EVALUATION_IMAGES", 24)
+    signalled_in(monkeypatch, 1, signal.SIGINT)
+    assert main(["demo", f"output={run}", "train.iterations=3", "train.batch_size=4"]) == 0
+    assert f"stopped after iteration 1; continue with leapalign train --resume {run}" in capsys.readouterr().err
+    assert latest_checkpoint(run) == step_folder(run, 1)
+    assert not (run / "index.html").exists()
+    with run_lock(run):  # it is free again
+        pass
+
+
+def test_a_demo_is_the_only_one_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("leapalign.run.unused_folder", lambda run: run)
+    (tmp_path / "run").mkdir()
+    with run_lock(tmp_path / "run"):
+        assert main(["demo", f"output={tmp_path / 'run'}"]) == 2
+    assert "is being trained by process" in capsys.readouterr().err
 
 
 def test_a_second_demo_leaves_the_first_alone(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -203,3 +205,19 @@ def test_a_run_without_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: 
     shutil.copy(run / "config.yaml", tmp_path)
     arguments = ["export", "--run", str(tmp_path), "--output", str(tmp_path / "export")]
     assert "holds no checkpoint yet" in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    monkeypatch.setattr("leapalign.export.save_file", full)
+    line = refused(
+        ["export", "--run", str(run), "--output", str(tmp_path / "new" / "export"), "--layout", layout], capsys
+    )
+    assert "(No space left on device); make room and check its permissions, then export again" in line
+    assert not list((tmp_path / "new").iterdir())

@@ -117,7 +117,7 @@ def test_training_from_the_cache_is_training_without_text_encoders(
     fill_cache(tmp_path / "cache", config.model, prompts, CPU)
     for name in ENCODERS:
         shutil.rmtree(tmp_path / "model" / name)
-    with pytest.raises(UserError, match="cannot load text encoders"):
+    with pytest.raises(UserError, match="cannot load the text_encoder"):
         Trainer.from_config(config)
     cached = run(load_config(Path(TINY), [*asked, f"prompts.cache={tmp_path / 'cache'}"]))
     assert cached[0] == plain[0]
@@ -145,7 +145,7 @@ def test_a_full_cache_loads_no_text_encoder(tmp_path: Path, model: ModelConfig) 
     for name in ENCODERS:
         shutil.rmtree(tmp_path / "model" / name)
     assert filled(tmp_path, model, prompts_of(3))["reused"] == 3
-    with pytest.raises(UserError, match="cannot load text encoders"):
+    with pytest.raises(UserError, match="cannot load the text_encoder"):
         filled(tmp_path, model, prompts_of(4))
 
 
@@ -327,3 +327,19 @@ def test_shorter_texts_are_padded(tmp_path: Path, model: ModelConfig) -> None:
     both = cached[torch.tensor([1, 0])].parts
     assert both["mask"].tolist() == [[True] * 5, [True] * 3 + [False] * 2]
     assert torch.equal(both["tokens"][..., 0], both["mask"].float())
+
+
+def test_a_cache_is_filled_by_one_process_at_a_time(tmp_path: Path, model: ModelConfig) -> None:
+    cache = PromptCache(tmp_path / "cache")
+    with cache.being_filled(), pytest.raises(UserError, match=rf"is being filled by process {os.getpid()}; wait"):
+        filled(tmp_path, model, prompts_of(3))
+    assert filled(tmp_path, model, prompts_of(3))["encoded"] == 3
+
+
+def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path, model: ModelConfig) -> None:
+    photo = tmp_path / "cache" / "photo.png"
+    photo.parent.mkdir()
+    photo.touch()
+    with pytest.raises(UserError, match="holds files of something else"):
+        filled(tmp_path, model, prompts_of(3))
+    assert list(photo.parent.iterdir()) == [photo]

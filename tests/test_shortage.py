@@ -51,20 +51,6 @@ def test_entries_are_those_of_the_run(parts: Path, tmp_path: Path) -> None:
     assert used["reward"] == sum(4 * p.numel() for term in trainer.rewards for p in term.reward.parameters())
 
 
-def test_a_device_too_small_for_the_weights_is_told_before_anything_is_written(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def short(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 22.00 GiB.")
-
-    monkeypatch.setattr("leapalign.trainer.place", short)
-    run = tmp_path / "run"
-    message = r"weights and optimizer states.*22\.00 GiB.*--auto"
-    with pytest.raises(UserError, match=message), opened_run(config_of(parts, run), resume=False):
-        pass
-    assert not run.exists()
-
-
 def starved(config: Config, folder: Path) -> None:
     """Trains with little more address space than what is taken before; for `started`."""
     torch.set_num_threads(1)

@@ -58,7 +58,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_there(
     before = [signal.getsignal(number) for number in BOTH]
     signalled_in(monkeypatch, 3, number)
     assert main(configured(parts, run)) == 0
-    assert f"stopped after iteration 3; continue with --resume {run}" in capsys.readouterr().err
+    assert f"stopped after iteration 3; continue with leapalign train --resume {run}" in capsys.readouterr().err
     assert [signal.getsignal(number) for number in BOTH] == before
     assert latest_checkpoint(run) == step_folder(run, 3)
     monkeypatch.undo()

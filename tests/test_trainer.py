@@ -266,6 +266,23 @@ def test_too_few_steps_for_the_method_is_said_before_anything_is_written(parts: 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_no_memory_holds_is_said_before_anything_is_written(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("rollout.num_steps=100", "rollout.batch_size=1024", "train.batch_size=1024")
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**19}[name])
+    with pytest.raises(UserError, match=r"1,024 images in 100 steps take 2\.4 GiB, and there are 2\.0 GiB"):
+        Trainer.from_config(config_of(parts, tmp_path / "run", *asked))
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_are_encoded_after_all_checks(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leapalign.trainer.embeddings_of", lambda *_: pytest.fail("long work"))
+    for asked in ("model.dtype=bfloat16", "memory.attention=flash", "rollout.num_steps=1", "model.height=30"):
+        with pytest.raises(UserError):
+            Trainer.from_config(config_of(parts, tmp_path / "run", asked))
+
+
 @pytest.mark.parametrize(("threshold", "count"), [("1.0", 0), ("1.5", 1), ("-2", 1)])
 def test_a_run_warns_once_of_an_unsuitable_threshold(
     parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, threshold: str, count: int

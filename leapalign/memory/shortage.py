@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from leapalign.failures import says_full
 from leapalign.memory.fit import change
 from leapalign.memory.residency import Role, Stage, watched
 from leapalign.memory.simulate import gib
@@ -28,8 +29,8 @@ def shortage_explained(trainer: Trainer) -> Iterator[None]:
     try:
         with watched(watch):
             yield
-    except RuntimeError as error:
-        if not _is_shortage(error):
+    except (MemoryError, RuntimeError) as error:
+        if not says_full(error):
             raise
         used = bytes_by_role(trainer)
         entries = ", ".join(f"{role} {gib(size)} GiB" for role, size in used.most_common() if size)
@@ -37,20 +38,6 @@ def shortage_explained(trainer: Trainer) -> Iterator[None]:
             f"memory ran out in the {last[-1]} stage of iteration {trainer.iteration + 1}, with {entries} alive "
             f"({brief(error)}); {change(last[-1], used, trainer.config)}; then go on with --resume "
             f"{trainer.config.output}"
-        ) from None
-
-
-@contextlib.contextmanager
-def setup_shortage_explained() -> Iterator[None]:
-    """The same while a trainer is put together, which is when weights and optimizer states get their places."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _is_shortage(error):
-            raise
-        raise UserError(
-            f"memory ran out while weights and optimizer states were placed ({brief(error)}); have leapalign memory "
-            "--auto --gpu-memory SIZE find settings that fit"
         ) from None
 
 
@@ -74,8 +61,3 @@ def bytes_by_role(trainer: Trainer) -> Counter[Role]:
     if device.type == "cuda":
         found["activations"] = torch.cuda.memory_allocated(device) - found.total()
     return found
-
-
-def _is_shortage(error: RuntimeError) -> bool:
-    """A device's, or the host's, for which PyTorch has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -37,6 +37,7 @@ from leapalign.models.folder import read_index
 from leapalign.models.lora import add_adapter
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import GuidedEmbeddings
+from leapalign.networks import require_class
 from leapalign.reward_gradient import RewardTerm
 from leapalign.rewards import reward_terms, simulated_reward
 from leapalign.trainer import Trainer
@@ -240,7 +241,7 @@ def _count_parts(ledger: StorageLedger, parts: Skeleton) -> None:
 def _longest_prompt(folder: Path) -> int | None:
     """What the tokenizer of the embeddings allows; None where it does not say, or lies elsewhere."""
     for name in ("tokenizer_3", "tokenizer_2", "tokenizer"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             length = json.loads((folder / name / "tokenizer_config.json").read_text()).get("model_max_length")
             return int(length) if length and length < TEXT_TOKENS else None
     return None
@@ -258,17 +259,18 @@ class _Configs:
         return bool(read_index(self.path).get(name, [None])[0])
 
     def part(self, kind: Any, name: str) -> Any:
+        require_class(kind, self.path, f"the {name}", "model.path", name)
         try:
             settings = kind.load_config(self.path, subfolder=name)
-        except (OSError, ValueError) as error:
+            if not issubclass(kind, nn.Module):
+                return kind.from_config(settings)
+            with self.making, _default_dtype(self.dtype):
+                network = kind.from_config(settings)
+                _cast_saved_buffers(network, self.dtype)
+        except Exception as error:  # wrong values in a config make the class raise anything
             raise UserError(
                 f"cannot read the config of the {name} in '{self.path}' ({brief(error)}); check model.path"
             ) from None
-        if not issubclass(kind, nn.Module):
-            return kind.from_config(settings)
-        with self.making, _default_dtype(self.dtype):
-            network = kind.from_config(settings)
-            _cast_saved_buffers(network, self.dtype)
         return network
 
 

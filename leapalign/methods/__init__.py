@@ -17,7 +17,7 @@ from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
 from leapalign.rollout import Rollout
 from leapalign.surrogate import ConditionedVelocity, SurrogatePlan
-from leapalign.validation import UserError, did_you_mean, validated
+from leapalign.validation import UserError, did_you_mean, shortened, validated
 
 
 class Method(Protocol):
@@ -65,5 +65,5 @@ METHODS: dict[str, type[Any]] = {
 def get_method(name: str, **options: Any) -> Method:
     """The method called ``name``. Raises UserError, naming the nearest valid one, for an unknown name or option."""
     if name not in METHODS:
-        raise UserError(f"unknown method '{name}'{did_you_mean(name, METHODS)}")
+        raise UserError(f"unknown method '{shortened(name)}'{did_you_mean(name, METHODS)}")
     return validated(METHODS[name], options, f"method '{name}'")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leapalign.config import PositiveInt
+from leapalign.config import Steps
 from leapalign.methods.base import SurrogateMethod, euler
 from leapalign.surrogate import SurrogatePlan
 
@@ -19,7 +19,7 @@ from leapalign.surrogate import SurrogatePlan
 class DRaFTK(SurrogateMethod):
     """Euler coefficients and discount 1 on the last ``steps`` steps."""
 
-    steps: PositiveInt | None = 1
+    steps: Steps | None = 1
     """K; null: all steps of the sampler."""
 
     def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:

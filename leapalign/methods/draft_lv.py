@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from leapalign.config import NonNegativeInt
 from leapalign.methods.base import SurrogateMethod, undiscounted, wide
 from leapalign.rollout import Rollout, sample_rollout
 from leapalign.surrogate import ConditionedVelocity, SurrogatePlan
@@ -20,7 +21,7 @@ class DRaFTLV(SurrogateMethod):
     A copy is the generated latent with fresh noise, ``(1 - sigma) x_T + sigma noise`` at the last step's sigma.
     """
 
-    copies: NonNegativeInt = 2
+    copies: Annotated[int, Field(ge=0, le=1000)] = 2
     """n of the paper."""
 
     def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leapalign.config import PositiveInt
+from leapalign.config import Steps
 from leapalign.methods.base import SurrogateMethod, euler, last_steps, undiscounted, wide
 from leapalign.rollout import Rollout
 from leapalign.surrogate import SurrogatePlan
@@ -17,9 +17,9 @@ from leapalign.surrogate import SurrogatePlan
 class DRTune(SurrogateMethod):
     """Reward on the posterior mean at a late ``stop``; ``active_steps`` steps up to it carry gradient."""
 
-    active_steps: PositiveInt = 2
+    active_steps: Steps = 2
     """K: 2 in LeapAlign's comparison, 3 in FlowBP's."""
-    last_steps: PositiveInt = 11
+    last_steps: Steps = 11
     """The stop is one of the last so many steps."""
 
     def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from leapalign.surrogate import SurrogatePlan
 class FlowBPBridge(SurrogateMethod):
     """``active_steps`` Euler steps, shared out by the lengths of the two sides, at least one each; j always is one."""
 
-    active_steps: Annotated[int, Field(ge=2)] = 5
+    active_steps: Annotated[int, Field(ge=2, le=1000)] = 5
     """K of the paper."""
     alpha: NonNegativeFloat = 0.1
     """Discount at j."""

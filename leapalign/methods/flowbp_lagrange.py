@@ -9,7 +9,7 @@ from leap_kernels import consistency_weighted_loss
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from leapalign.config import NonNegativeFloat, PositiveFloat, PositiveInt
+from leapalign.config import NonNegativeFloat, PositiveFloat, Steps
 from leapalign.methods.active_set import rescaled
 from leapalign.methods.base import SurrogateMethod, wide
 from leapalign.methods.leapalign import LeapAlign
@@ -25,9 +25,9 @@ class FlowBPLagrange(SurrogateMethod):
     sigma from ``sigma_a`` to ``sigma_b``; a leap of fewer steps than supports takes every step.
     """
 
-    supports: PositiveInt = 3
+    supports: Steps = 3
     """Velocities in a leap."""
-    active_supports: PositiveInt = 2
+    active_supports: Steps = 2
     """How many of them carry gradient, from the start on."""
     support_scale: NonNegativeFloat = 0.25
     """Factor on the gradient of those after the start."""

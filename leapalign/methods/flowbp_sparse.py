@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leapalign.config import NonNegativeFloat, PositiveInt
+from leapalign.config import NonNegativeFloat, Steps
 from leapalign.methods.active_set import draw_without_replacement, rescaled
 from leapalign.methods.base import SurrogateMethod, euler, undiscounted, wide
 from leapalign.surrogate import SurrogatePlan
@@ -17,7 +17,7 @@ from leapalign.surrogate import SurrogatePlan
 class FlowBPSparse(SurrogateMethod):
     """``active_steps`` Euler steps, drawn without replacement, step i with weight ``(i + 1) ** late_bias``."""
 
-    active_steps: PositiveInt = 3
+    active_steps: Steps = 3
     """K of the paper."""
     late_bias: NonNegativeFloat = 2.0
     rescale: NonNegativeFloat = 1.0

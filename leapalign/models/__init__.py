@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
 from leapalign.models.text_encoders import TextEncoder
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.models.z_image import ZImageModel
+from leapalign.networks import require_whole_files
 from leapalign.validation import UserError
 
 FAMILIES: dict[str, Family] = {
@@ -90,10 +92,12 @@ def guided(config: ModelConfig, prompts: Any, negative: Any) -> Any:
 def text_encoders(config: ModelConfig, device: torch.device) -> Iterator[TextEncoder]:
     """One after the other, on ``device``: in bfloat16 on a GPU, in the model's dtype on a CPU.
 
-    Raises UserError where there are none.
+    Raises UserError where there are none, or files of one are missing or cut off.
     """
     path = resolve(config.path)
-    yield from family_of(path).text_encoders(path, device, text_dtype(config, device))
+    for part in sorted(Path(path).glob("text_encoder*")):
+        require_whole_files(part)  # before the first one encodes thousands of prompts
+    return family_of(path).text_encoders(path, device, text_dtype(config, device))
 
 
 def text_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from leapalign.networks import read_network, require_class
 from leapalign.validation import UserError, brief
 
 
@@ -37,10 +38,12 @@ class ModelFolder:
         return bool(self._index.get(name, [None])[0])
 
     def part(self, kind: Any, name: str) -> Any:
-        options = {"torch_dtype": self._dtype} if issubclass(kind, ModelMixin) else {}
+        if issubclass(kind, ModelMixin):
+            return read_network(kind, self.path, self._dtype, f"the {name}", "model.path", name)
+        require_class(kind, self.path, f"the {name}", "model.path", name)
         try:
-            return kind.from_pretrained(self.path, subfolder=name, **options)
-        except (OSError, ValueError) as error:
+            return kind.from_pretrained(self.path, subfolder=name)
+        except Exception as error:  # wrong values in a file make it raise anything
             raise UserError(f"cannot load the {name} of '{self.path}' ({brief(error)}); check model.path") from None
 
 
@@ -49,25 +52,30 @@ def linear_widths(path: str) -> dict[str, int]:
 
     Raises UserError where its configuration cannot be read.
     """
-    kind = getattr(diffusers, read_index(path)["transformer"][1])
     try:
+        kind = getattr(diffusers, read_index(path)["transformer"][1])
         config = kind.load_config(path, subfolder="transformer")
-    except (OSError, ValueError) as error:
+        with torch.device("meta"):
+            transformer = kind.from_config(config)
+    except Exception as error:  # wrong values in a config make the class raise anything
         raise UserError(f"cannot read the transformer of '{path}' ({brief(error)}); check model.path") from None
-    with torch.device("meta"):
-        transformer = kind.from_config(config)
     return {name: module.out_features for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
 
 
 def read_index(path: str) -> dict[str, Any]:
-    """The ``model_index.json`` of a folder or hub id: the pipeline's class and its parts.
+    """The ``model_index.json`` of a folder or hub id: the pipeline's class, and of each part its library and class.
 
     Raises UserError where there is none.
     """
     try:
-        index: dict[str, Any] = DiffusionPipeline.load_config(path)
-    except (OSError, ValueError) as error:
+        index = dict(DiffusionPipeline.load_config(path))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"'{path}' is no model in diffusers layout, with a model_index.json ({brief(error)}); check model.path"
         ) from None
-    return index
+    # A part is a folder in this one: no path, which could lead elsewhere.
+    return {name: value for name, value in index.items() if name.isidentifier() and _is_entry(value)}
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and len(value) == 2)

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from leapalign.models.folder import read_index
+from leapalign.networks import read_network
 from leapalign.validation import UserError, brief
 
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -44,12 +47,27 @@ def fingerprint(folder: str) -> str | None:
 
 def load_pipeline(kind: Any, folder: str, parts: Sequence[str], dtype: torch.dtype) -> Any:
     """The diffusers pipeline ``kind`` with nothing but ``parts``. Raises UserError where they cannot be read."""
-    index = {name: found for name, found in read_index(folder).items() if isinstance(found, list)}
+    index = {name: found for name, found in read_index(folder).items() if isinstance(found, list | tuple)}
     missing = [name for name in parts if not index.get(name, [None])[0]]
     if missing:
         raise UserError(f"'{folder}' has no {missing[0]}, which prompts are encoded with; check model.path")
-    absent = {name: None for name in index if name not in parts}
+    given: dict[str, Any] = {name: None for name in index if name not in parts}
+    for name in parts:
+        part = _transformers_class(folder, name, *index[name])
+        if issubclass(part, PreTrainedModel):
+            given[name] = read_network(part, folder, dtype, f"the {name}", "model.path", name)
     try:
-        return kind.from_pretrained(folder, torch_dtype=dtype, **absent)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(folder, **given)
+    except Exception as error:  # what damaged files make the libraries raise has no common type
         raise UserError(f"cannot load text encoders from '{folder}' ({brief(error)}); check model.path") from None
+
+
+def _transformers_class(folder: str, part: str, library: str, name: str) -> type[Any]:
+    """The class of a part. Raises UserError where it is none of transformers: code of a folder is never run."""
+    found = getattr(transformers, str(name), None) if library == "transformers" else None
+    if not isinstance(found, type) or str(name).startswith("Auto"):
+        raise UserError(
+            f"'{folder}' names {library}.{name} for its {part}, which is no model or tokenizer of transformers, and "
+            "code of a model folder is never run; check model.path"
+        )
+    return found

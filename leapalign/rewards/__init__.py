@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from torch import nn
 from transformers import CLIPConfig
 
-from leapalign.config import Config, PositiveFloat
+from leapalign.config import Config, FiniteFloat, PositiveFloat
 from leapalign.reward_gradient import RewardFn, RewardTerm
 from leapalign.rewards.aesthetic import Aesthetic
 from leapalign.rewards.clipscore import CLIPScore
@@ -23,7 +22,7 @@ from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.pickscore import PickScore
 from leapalign.rewards.simulated import VIT_H_14, simulated_clip
-from leapalign.validation import UserError, did_you_mean, validated
+from leapalign.validation import UserError, did_you_mean, shortened, validated
 
 REWARDS: dict[str, type[Any]] = {
     "aesthetic": Aesthetic,
@@ -38,7 +37,7 @@ REWARDS: dict[str, type[Any]] = {
 
 def get_reward(name: str, **options: Any) -> RewardFn:
     """The reward called ``name``, loaded. Raises UserError for an unknown name or option, or missing weights."""
-    return _settings(name, options).load()
+    return _settings(name, **options).load()
 
 
 def reward_terms(config: Config, make: Callable[..., RewardFn] = get_reward) -> list[RewardTerm]:
@@ -46,12 +45,14 @@ def reward_terms(config: Config, make: Callable[..., RewardFn] = get_reward) -> 
 
     They are called as `reward_names` says. Raises UserError as `get_reward`.
     """
-    terms: list[RewardTerm] = []
+    named: list[tuple[str, _Share, dict[str, Any]]] = []
+    # All are checked before the first is loaded.
     for name, settings in zip(reward_names(config.rewards), config.rewards, strict=True):
         options = {"threshold": config.threshold, "weight": 1.0, **settings}
         said = validated(_Share, {key: options.pop(key) for key in ("threshold", "weight")}, "reward")
-        terms.append(RewardTerm(name, make(**options), said.threshold, said.weight))
-    return terms
+        _settings(**options)
+        named.append((name, said, options))
+    return [RewardTerm(name, make(**options), said.threshold, said.weight) for name, said, options in named]
 
 
 def reward_names(rewards: Sequence[dict[str, Any]]) -> list[str]:
@@ -63,7 +64,7 @@ def reward_names(rewards: Sequence[dict[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Share:
-    threshold: Annotated[float, Field(allow_inf_nan=False)]
+    threshold: FiniteFloat
     weight: PositiveFloat
 
 
@@ -72,14 +73,14 @@ def simulated_reward(name: str, **options: Any) -> nn.Module:
 
     One that does not say how large it is counts as a CLIP ViT-H/14. Raises UserError as `get_reward` for its options.
     """
-    settings = _settings(name, options)
+    settings = _settings(name, **options)
     if hasattr(settings, "simulated"):
         simulated: nn.Module = settings.simulated()
         return simulated
     return simulated_clip(CLIPConfig.from_pretrained(VIT_H_14), "float32")
 
 
-def _settings(name: str, options: dict[str, Any]) -> Any:
+def _settings(name: str, **options: Any) -> Any:
     if name not in REWARDS:
-        raise UserError(f"unknown reward '{name}'{did_you_mean(name, REWARDS)}")
+        raise UserError(f"unknown reward '{shortened(name)}'{did_you_mean(name, REWARDS)}")
     return validated(REWARDS[name], options, f"reward '{name}'")

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from leapalign.embedded import resolve
+from leapalign.networks import read_network
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import find_file, load_tensors, read_tensors
 from leapalign.rewards.preprocessing import cover, normalised, unit_vectors
 from leapalign.rewards.simulated import VIT_L_14, clip_config
-from leapalign.validation import UserError, brief
 
 PUBLISHED = "sac+logos+ava1-l14-linearMSE.pth"
 HEAD = {"0": 1024, "2": 128, "4": 64, "6": 16, "7": 1}
@@ -41,11 +41,8 @@ class Aesthetic:
         file = find_file(resolve(self.path), (PUBLISHED,))
         tensors = read_tensors(file)
         folder = resolve(self.tower)
-        try:
-            tower = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=getattr(torch, self.dtype))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load a CLIP model from '{folder}' ({brief(error)}); check reward.tower") from None
-        scorer = AestheticScorer(tower)
+        kind, dtype = CLIPVisionModelWithProjection, getattr(torch, self.dtype)
+        scorer = AestheticScorer(read_network(kind, folder, dtype, "a CLIP model", "reward.tower"))
         load_tensors(scorer.head, tensors, file)
         return scorer
 

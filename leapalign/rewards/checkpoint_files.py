@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from leapalign.validation import UserError, brief
-
-SHOWN = 3
-"""Keys that a message names of each kind."""
+from leapalign.networks import require_finite
+from leapalign.validation import UserError, brief, first_of
 
 
 def find_file(path: str, names: tuple[str, ...], setting: str = "reward.path") -> Path:
@@ -21,9 +21,9 @@ def find_file(path: str, names: tuple[str, ...], setting: str = "reward.path") -
     setting: the option that ``path`` comes from. Raises UserError where there is no such file.
     """
     local = Path(path)
-    if local.is_file():
+    if os.path.isfile(local):  # unlike Path's, False for a path that can be none
         return local
-    if local.is_dir():
+    if os.path.isdir(local):
         found = [local / name for name in names if (local / name).is_file()]
         if not found:
             raise UserError(f"folder '{path}' holds no {' or '.join(names)}; put it there or change {setting}")
@@ -45,12 +45,14 @@ def _download(repository: str, name: str, setting: str) -> Path:
 def read_tensors(file: Path, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in ``file``, on the CPU: safetensors, or PyTorch's format with nothing but tensors allowed.
 
-    key: where a PyTorch file keeps it, if it lies deeper. Raises UserError where the file cannot be read so.
+    key: where a PyTorch file keeps it, if it lies deeper. Raises UserError where the file cannot be read so, and where
+    a number in it is not finite.
     """
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+            content: Any = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes may raise anything on the way through zip and unpickler
         raise UserError(f"cannot read weights from '{file}' ({brief(error)}); download the file again") from None
     if key is not None and isinstance(content, Mapping) and key in content:
@@ -58,6 +60,7 @@ def read_tensors(file: Path, key: str | None = None) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         where = f" at key '{key}'" if key else ""
         raise UserError(f"'{file}' holds no state dict{where}, only tensors by name will do; use the published file")
+    require_finite(content.items(), f"'{file}'")
     return dict(content)
 
 
@@ -72,7 +75,7 @@ def check_fit(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor],
             if name in tensors and tensors[name].shape != shape
         ],
     }
-    named = [f"{kind}: {_first(names)}" for kind, names in faults.items() if names]
+    named = [f"{kind}: {first_of(names)}" for kind, names in faults.items() if names]
     if named:
         raise UserError(f"'{file}' is not of this model ({'; '.join(named)}); use the published file")
 
@@ -81,8 +84,3 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], file: Path) -
     """Copies ``tensors`` into ``module``, cast to its dtypes. Raises UserError as `check_fit`."""
     check_fit({name: value.shape for name, value in module.state_dict().items()}, tensors, file)
     module.load_state_dict(tensors)
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

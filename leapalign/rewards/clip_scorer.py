@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from leapalign.embedded import resolve
+from leapalign.networks import read_network
 from leapalign.rewards.preprocessing import cover, normalised, unit_vectors
 from leapalign.validation import UserError, brief
 
@@ -80,10 +81,13 @@ def read_clip(path: str, processor: str | None, dtype: str) -> tuple[CLIPModel, 
 
     Raises UserError where they cannot be read.
     """
+    setting = "reward.processor" if processor else "reward.path"
     path, processor = resolve(path), resolve(processor or path)
     try:
-        model = CLIPModel.from_pretrained(path, dtype=getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(processor)
-        return model, tokenizer, CLIPImageProcessor.from_pretrained(processor)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the reward from '{path}' ({brief(error)}); check reward.path") from None
+        tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
+        image_processor = CLIPImageProcessor.from_pretrained(processor)
+    except Exception as error:  # what damaged files make the library raise has no common type
+        raise UserError(
+            f"cannot load tokenizer and image processor from '{processor}' ({brief(error)}); check {setting}"
+        ) from None
+    return read_network(CLIPModel, path, getattr(torch, dtype), "the reward", "reward.path"), tokenizer, image_processor

@@ -73,8 +73,8 @@ class HPSv2:
         tensors = read_tensors(file, key="state_dict")
         folder = resolve(self.processor)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # what damaged files make the library raise has no common type
             raise UserError(
                 f"cannot load CLIP's tokenizer from '{folder}' ({brief(error)}); check reward.processor"
             ) from None

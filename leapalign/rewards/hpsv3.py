@@ -53,8 +53,9 @@ class HPSv3:
         beside = str(file.parent) if (file.parent / "config.json").is_file() else BASE
         base = resolve(self.base or beside)
         try:
-            config, tokenizer = Qwen2VLConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-        except (OSError, ValueError) as error:
+            config = Qwen2VLConfig.from_pretrained(base)
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        except Exception as error:  # what damaged files make the library raise has no common type
             raise UserError(
                 f"cannot load Qwen2-VL's config and tokenizer from '{base}' ({brief(error)}); check reward.base"
             ) from None

@@ -84,8 +84,8 @@ class ImageReward:
         folder = str(file.parent) if Path(path).is_file() else path
         sizes = _text_sizes(find_file(folder, ("med_config.json",)))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer))
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer), trust_remote_code=False)
+        except Exception as error:  # what damaged files make the library raise has no common type
             raise UserError(
                 f"cannot load BERT's tokenizer from '{self.tokenizer}' ({brief(error)}); check reward.tokenizer"
             ) from None

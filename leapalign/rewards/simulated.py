@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModel, CLIPConfig, CLIPImageProcessor
 
 from leapalign.embedded import resolve
 from leapalign.rewards.clip_scorer import ClipScorer
+from leapalign.validation import UserError, brief
 
 SKELETONS = Path(__file__).parent / "skeletons"
 VIT_H_14 = SKELETONS / "vit_h_14"
@@ -46,9 +48,15 @@ class Tokens:
 
 
 def clip_config(path: str, published: Path) -> CLIPConfig:
-    """Sizes of the CLIP model at ``path`` where that is a folder of one, else those in the folder ``published``."""
+    """Sizes of the CLIP model at ``path`` where that is a folder of one, else those in the folder ``published``.
+
+    Raises UserError where they cannot be read.
+    """
     folder = Path(resolve(path))
-    return CLIPConfig.from_pretrained(folder if (folder / "config.json").is_file() else published)
+    try:
+        return CLIPConfig.from_pretrained(folder if os.path.isfile(folder / "config.json") else published)
+    except Exception as error:  # wrong values in a config make the class raise anything
+        raise UserError(f"cannot read the config.json in '{folder}' ({brief(error)}); check reward.path") from None
 
 
 def simulated_clip(config: CLIPConfig, dtype: str) -> ClipScorer:

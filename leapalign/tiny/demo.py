@@ -79,12 +79,17 @@ def train_control(config: Config, seconds: float) -> FlowModel:
     return model
 
 
-def run_demo(config: Config, run: Callable[[Trainer], float]) -> Comparison:
-    """Evaluates before and after training with ``run``, which returns its seconds, and after an equal-time control."""
-    trainer = Trainer.from_config(config)
+def run_demo(trainer: Trainer, run: Callable[[Trainer], float]) -> Comparison | None:
+    """Evaluates before and after training with ``run``, which returns its seconds, and after an equal-time control.
+
+    None where ``run`` was stopped before the last iteration.
+    """
+    config = trainer.config
     held_out = HeldOut.load(config, trainer.rewards[0].reward)
     before = held_out.evaluate(trainer.model)
     seconds = run(trainer)
+    if trainer.iteration < config.train.iterations:
+        return None
     with trainer.optimizer.averaged_weights():
         after = held_out.evaluate(trainer.model)
     control = held_out.evaluate(train_control(config, seconds))

@@ -20,7 +20,6 @@ from leapalign.embedded import resolve
 from leapalign.faults import point
 from leapalign.generate import sample
 from leapalign.memory.placement import lent_device
-from leapalign.prompt_cache import embeddings_of
 from leapalign.prompts import read_prompts
 from leapalign.reward_gradient import RewardFn, RewardTerm
 from leapalign.rewards import reward_terms
@@ -46,9 +45,9 @@ class Watch:
 
     config: Config
     prompts: list[str]
-    embeddings: Any
     rewards: dict[str, RewardFn]
     rules: list[StopRule]
+    embeddings: Any = None
     base_latents: Tensor | None = None
     """``(N, ...)`` in host memory, from iteration 0 on."""
     base: dict[str, float] | None = None
@@ -78,7 +77,7 @@ class Watch:
         if watch.rewards:
             terms = reward_terms(dataclasses.replace(config, reward=list(watch.rewards)))
             rewards = {term.name: term.reward for term in terms}
-        return cls(config, prompts, embeddings_of(config, prompts), rewards, rules)
+        return cls(config, prompts, rewards, rules)
 
     def due(self, iteration: int) -> bool:
         """Whether to measure after ``iteration``: every so often, and after the last."""

@@ -1,0 +1,36 @@
+"""A few of the cases of ``python benchmarks/fuzz_inputs.py --cases 100000``."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import fuzz_inputs
+from leapalign.config import Config
+
+pytestmark = pytest.mark.posix  # for its signals
+
+
+@pytest.mark.data
+def test_mutated_inputs_are_accepted_and_run_or_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a case asked the network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    tally = fuzz_inputs.fuzz(range(400), seed=1, run_every=25)
+    assert not tally.failures
+    assert {"config accepted", "overrides accepted", "prompts accepted", "run"} <= tally.outcomes.keys()
+
+
+def test_the_fuzzer_sees_tracebacks_and_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Config:
+        raise KeyError("a bug")
+
+    def hanging(*_: object) -> Config:
+        while True:
+            pass
+
+    monkeypatch.setattr(fuzz_inputs, "CASE_SECONDS", 0.05)
+    for case, seen in ((broken, "KeyError"), (hanging, "longer than")):
+        monkeypatch.setattr(fuzz_inputs, "CASES", {"config": case})
+        (failure,) = fuzz_inputs.fuzz(range(1), seed=0, run_every=1).failures
+        assert seen in failure
