@@ -33,7 +33,6 @@ from leapalign.doctor import diagnose
 from leapalign.memory.residency import Stage, watched
 from leapalign.memory.simulate import (
     GPUS,
-    ROLLOUTS,
     Simulation,
     gib,
     simulate,
@@ -49,6 +48,8 @@ TINY, PROFILE = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "flux1_dev" /
 ON_DEVICE = ("optimizer.name=adamw_8bit", "rollout.batch_size=8", "memory.checkpointing=blocks")
 ON_HOST = (*ON_DEVICE, "memory.optimizer=host")
 PLACES = {"device": ON_DEVICE, "host": ON_HOST, "streamed": (*ON_HOST, "memory.weights=streamed")}
+ROLLOUTS = 2
+"""In a measured step: the first makes gradients, the second adds to them, as all others would."""
 RESERVE = 2 << 30
 """Bytes to spare for a GPU's libraries and fragmentation, and for the host's system."""
 
@@ -124,7 +125,7 @@ def large_step(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def two_rollouts(config: Config) -> Config:
-    """With the optimizer step after as many rollouts as a simulation runs."""
+    """With the optimizer step after `ROLLOUTS` rollouts."""
     size = ROLLOUTS * min(config.rollout.batch_size, config.train.batch_size)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
 
@@ -137,7 +138,7 @@ def measured_step(config: Config, device: torch.device, found: Simulation | None
     config = two_rollouts(config)
     found = found or simulate(config)
     home = torch.device("cpu") if config.memory.optimizer == "host" else device
-    trainer = skeleton_trainer(config, skeleton(config, home), device)
+    trainer = skeleton_trainer(config, skeleton(config, home, ROLLOUTS), device)
     trainer.train_one()
     seconds, peaks, trainer.iteration = Counter[Stage](), Counter[Stage](), 1
     with watched(lambda name: _measuring(name, device, seconds, peaks)):

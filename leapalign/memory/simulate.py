@@ -30,7 +30,7 @@ from leapalign import reward_gradient, surrogate
 from leapalign.config import Config
 from leapalign.embedded import resolve
 from leapalign.memory.ledger import Peak, StorageLedger
-from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage
+from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for
 from leapalign.methods import get_method
 from leapalign.models import assembled
 from leapalign.models.folder import read_index
@@ -53,7 +53,6 @@ KNOWN_MODELS = {
 }
 TEXT_TOKENS = 512
 """FLUX.1's length of a prompt; a model folder's tokenizer may say less."""
-ROLLOUTS = 2
 STAGES: tuple[Stage, ...] = ("rollout", "reward", "surrogate", "optimizer")
 
 GPUS = {"RTX 4090": (150e12, 25e9), "H100": (989e12, 50e9)}
@@ -64,8 +63,8 @@ GPUS = {"RTX 4090": (150e12, 25e9), "H100": (989e12, 50e9)}
 class Simulation:
     """An iteration's needs. Stages: ``rollout``, ``reward``, ``surrogate``, ``optimizer``.
 
-    device, host: the peak of each stage. flops, traffic: of the simulated iteration of `ROLLOUTS` rollouts, scaled
-    to the configuration's number.
+    device, host: the peak of each stage. flops, traffic: of the simulated rollout, times the configuration's number
+    of them.
     """
 
     device: dict[Stage, Peak]
@@ -113,22 +112,19 @@ class _Spectator(TorchDispatchMode):
 
 
 class _Replay:
-    """Runs a function twice on tensors of given shapes, and from then on only repeats what it returned and cost.
-
-    The first run makes gradients, the second adds to them; the third is as the second.
-    """
+    """Runs a function once on tensors of given shapes, and from then on only repeats what it returned and cost."""
 
     def __init__(
         self, run: Callable[..., Any], mode: FakeTensorMode, ledger: StorageLedger, flops: Counter[Stage]
     ) -> None:
         self._run, self._mode, self._ledger, self._flops = run, mode, ledger, flops
-        self._seen: dict[Any, list[tuple[Any, dict[Role, int], Counter[Any], Counter[Any]]]] = {}
+        self._seen: dict[Any, tuple[Any, dict[Role, int], Counter[Any], Counter[Any]]] = {}
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         shapes = tuple(argument.shape for argument in arguments if isinstance(argument, Tensor))
-        runs = self._seen.setdefault((shapes, options.get("needs_input")), [])
-        if len(runs) == 2:
-            made, more, flops, traffic = runs[-1]
+        key = (shapes, options.get("needs_input"))
+        if key in self._seen:
+            made, more, flops, traffic = self._seen[key]
             self._flops.update(flops)
             TRAFFIC.update(traffic)
             self._ledger.reach(more)
@@ -137,19 +133,20 @@ class _Replay:
         flops, traffic = self._flops.copy(), TRAFFIC.copy()
         result, more = self._ledger.peak_of(lambda: self._run(*arguments, **options))
         made = tree_map_only(Tensor, lambda t: partial(torch.empty, t.shape, dtype=t.dtype), result)
-        runs.append((made, more, self._flops - flops, TRAFFIC - traffic))
+        self._seen[key] = (made, more, self._flops - flops, TRAFFIC - traffic)
         return result
 
 
 def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_one) -> Simulation:
     """Runs an iteration of ``config`` on fake tensors. Raises UserError where the model's configs cannot be read.
 
+    It has one rollout, and gradients from rollouts before it: all but the first add to what is there.
+
     iterate: runs it; another's to compare with.
     """
     config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, attention="native"))
     ledger, spectator = StorageLedger(), _Spectator()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    before = TRAFFIC.copy()
     with ledger, spectator:
         parts = skeleton(config, mode)
         _count_parts(ledger, parts)
@@ -157,10 +154,15 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
         parameters = [p for p in trainer.model.transformer.parameters() if p.requires_grad]
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(lambda p: _count_gradient(ledger, p))
+        if trainer.optimizer.gradient_sink is None:
+            with made_for("gradients"):
+                for parameter in parameters:
+                    parameter.grad = torch.empty_like(parameter)
+        before = TRAFFIC.copy()
         with _replayed(trainer.model, mode, ledger, spectator.flops):
             iterate(trainer)
     rollouts = config.train.batch_size / min(config.rollout.batch_size, config.train.batch_size)
-    scale = {name: 1.0 if name == "optimizer" else rollouts / ROLLOUTS for name in STAGES}
+    scale = {name: 1.0 if name == "optimizer" else rollouts for name in STAGES}
     return Simulation(
         device={name: ledger.device.peaks[name] for name in STAGES if name in ledger.device.peaks},
         host={name: ledger.host.peaks[name] for name in STAGES if name in ledger.host.peaks},
@@ -172,7 +174,7 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
 
 @contextlib.contextmanager
 def _replayed(model: Any, mode: FakeTensorMode, ledger: StorageLedger, flops: Counter[Stage]) -> Iterator[None]:
-    """Within the block, what an iteration does over and over runs twice."""
+    """Within the block, what an iteration does over and over runs once."""
     velocity, vjp, chunk = model.velocity, surrogate._velocity_vjp, reward_gradient._chunk_gradient
     rollout = _Replay(velocity, mode, ledger, flops)
     model.velocity = lambda *arguments: (velocity if torch.is_grad_enabled() else rollout)(*arguments)
@@ -191,7 +193,7 @@ def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
-    """A model and a reward of the sizes that a configuration names, and as many prompts as `ROLLOUTS` rollouts need."""
+    """A model and rewards of the sizes that a configuration names, and prompts."""
 
     model: FlowModel
     rewards: list[RewardTerm]
@@ -199,8 +201,10 @@ class Skeleton:
     """As `leapalign.models.encode_prompts` returns them."""
 
 
-def skeleton(config: Config, making: contextlib.AbstractContextManager[Any]) -> Skeleton:
+def skeleton(config: Config, making: contextlib.AbstractContextManager[Any], rollouts: int = 1) -> Skeleton:
     """Built from the configs alone, weights at random, on the tensors that the (reusable) context ``making`` makes.
+
+    With the prompts of so many ``rollouts``.
 
     Raises UserError where the model's configs cannot be read.
     """
@@ -212,7 +216,7 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any]) -> 
             add_adapter(model.transformer, config.model)
     with making:
         rewards = reward_terms(config, simulated_reward)
-        size = ROLLOUTS * min(config.rollout.batch_size, config.train.batch_size)
+        size = rollouts * min(config.rollout.batch_size, config.train.batch_size)
         embeddings: Any = model.blank_embeddings(size, _longest_prompt(folder))
     if config.model.true_cfg_scale != 1:
         scale, batched = config.model.true_cfg_scale, config.model.true_cfg_batched
@@ -221,11 +225,11 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any]) -> 
 
 
 def skeleton_trainer(config: Config, parts: Skeleton, device: torch.device) -> Trainer:
-    """Of iterations of `ROLLOUTS` rollouts each."""
+    """Of iterations of as many images as ``parts`` have prompts."""
     size = len(parts.embeddings)
-    two_rollouts = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
     method, prompts = get_method(**config.method), ["a prompt"] * size
-    return Trainer.assembled(two_rollouts, parts.model, prompts, parts.embeddings, parts.rewards, method, device)
+    return Trainer.assembled(config, parts.model, prompts, parts.embeddings, parts.rewards, method, device)
 
 
 def _count_parts(ledger: StorageLedger, parts: Skeleton) -> None:
