@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_placement import BYTES
@@ -24,14 +26,18 @@ __all__ = ["parts"]
 @pytest.fixture(autouse=True, scope="module")
 def simulated_once() -> Iterator[None]:
     """Whoever asks for the simulation of a configuration, it runs once."""
-    found: dict[str, Simulation] = {}
+    found: dict[Any, Simulation] = {}
 
-    def once(config: Config) -> Simulation:
-        key = repr(config)
-        return found[key] if key in found else found.setdefault(key, simulate(config))
+    until: Any = functools.cache(auto._until)
+
+    def once(config: Config, iterate: Any = None) -> Simulation:
+        iterate = iterate or until(None)
+        key = repr(config), iterate
+        return found[key] if key in found else found.setdefault(key, simulate(config, iterate))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(auto, "simulate", once)
+        patch.setattr(auto, "_until", until)
         yield
 
 

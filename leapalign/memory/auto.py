@@ -1,17 +1,20 @@
 """The fastest settings that fit a GPU, found by simulating candidates.
 
 Where things live costs the most time, so that is settled first: the fastest place in which the smallest settings fit.
-Then each stage gets the fastest of its settings whose peak fits.
+Then each stage gets the fastest of its settings whose peak fits. A simulation ends after the last stage that matters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from leapalign.config import Config, override
-from leapalign.memory.residency import Stage
+from leapalign.memory.residency import Stage, watched
 from leapalign.memory.simulate import Simulation, gib, simulate
+from leapalign.trainer import Trainer
 from leapalign.validation import UserError, validated
 
 Settings = tuple[str, ...]
@@ -46,22 +49,37 @@ def fastest(
     """
     search = _Search(config, int(gpu_memory * FILLED), note)
     place = search.place()
+    batch = search.batch(place)
     policies = POLICIES[-1:] if "memory.weights=streamed" in place else POLICIES
-    batches = _sizes("rollout.batch_size", config.train.batch_size)
-    batch = search.settled((*place, *SMALLEST), {"rollout": batches})["rollout"]
     one = search.settled((*place, *batch, "train.microbatch=1"), {"surrogate": policies, "reward": REWARD})
-    fixed = (*place, *batch, *one["surrogate"], *one["reward"])
-    microbatches = _sizes("train.microbatch", search.applied(fixed).rollout.batch_size)
-    settings = (*fixed, *search.settled(fixed, {"surrogate": microbatches})["surrogate"])
+    settings = search.microbatch((*place, *batch, *one["surrogate"], *one["reward"]))
     return settings, search.applied(settings), search.simulated(settings)
 
 
-def _sizes(key: str, size: int) -> list[Settings]:
-    """``key`` set to ``size`` and its halves, down to 1."""
+def _sizes(size: int) -> list[int]:
+    """``size`` and its halves, down to 1."""
     halves = [size]
     while halves[-1] % 2 == 0:
         halves.append(halves[-1] // 2)
-    return [(f"{key}={half}",) for half in dict.fromkeys([*halves, 1])]
+    return list(dict.fromkeys([*halves, 1]))
+
+
+def _until(end: Stage | None) -> Callable[[Trainer], Any]:
+    """An iteration that ends as the stage ``end`` begins; None: a whole one."""
+
+    class Enough(Exception):
+        pass
+
+    def watch(name: Stage) -> contextlib.AbstractContextManager[None]:
+        if name == end:
+            raise Enough
+        return contextlib.nullcontext()
+
+    def iterate(trainer: Trainer) -> None:
+        with contextlib.suppress(Enough), watched(watch):
+            trainer.train_one()
+
+    return iterate
 
 
 class _Search:
@@ -69,41 +87,70 @@ class _Search:
 
     def __init__(self, config: Config, gpu_memory: int, note: Callable[[str], None]) -> None:
         self._config, self._gpu_memory, self._note = config, gpu_memory, note
-        self._found: dict[Settings, Simulation] = {}
+        self._found: dict[tuple[str, Stage | None], Simulation] = {}
 
     def applied(self, settings: Settings) -> Config:
         return validated(Config, override(dataclasses.asdict(self._config), settings), "memory --auto")
 
-    def simulated(self, settings: Settings) -> Simulation:
-        if settings not in self._found:
-            self._found[settings] = found = simulate(self.applied(settings))
-            self._note(f"{gib(found.device_peak)} GiB with {' '.join(settings)}")
-        return self._found[settings]
+    def simulated(self, settings: Settings, end: Stage | None = None) -> Simulation:
+        """Of an iteration up to the stage ``end``; None: of a whole one."""
+        config = self.applied(settings)
+        key = repr(config), end
+        if key not in self._found:
+            self._found[key] = found = simulate(config, _until(end))
+            self._note(f"{gib(found.device_peak)} GiB{f' before {end}' if end else ''} with {' '.join(settings)}")
+        return self._found[key]
 
     def place(self) -> Settings:
         """The first of `PLACES` that the smallest settings fit in."""
         for place in PLACES:
-            found = self.simulated((*place, *SMALLEST))
-            if found.device_peak <= self._gpu_memory:
+            settings = (*place, *SMALLEST)
+            # What lives throughout may be too much already, which a rollout shows.
+            for end in ("reward", None):
+                found = self.simulated(settings, end)
+                if found.device_peak > self._gpu_memory:
+                    break
+            else:
                 return place
         raise UserError(
             f"nothing fits {gib(self._gpu_memory)} GiB: with everything on the host and one image at a time it takes "
             f"{gib(found.device_peak)} GiB; reduce the size of the images"
         )
 
+    def batch(self, place: Settings) -> Settings:
+        """The most images a rollout: their latents fit beside each stage as it is for one image, and so does theirs."""
+        one = self.simulated((*place, *SMALLEST)).device
+        for size in _sizes(self._config.train.batch_size):
+            batch = f"rollout.batch_size={size}"
+            least = max(peak.total + (size - 1) * peak.by_role.get("latents", 0) for peak in one.values())
+            settings = (*place, *SMALLEST, batch)
+            if least <= self._gpu_memory and self.simulated(settings, "reward").device_peak <= self._gpu_memory:
+                break
+        return (batch,)
+
+    def microbatch(self, fixed: Settings) -> Settings:
+        """``fixed`` and the most samples in a forward with gradient that fit."""
+        one = self.simulated((*fixed, "train.microbatch=1")).device["surrogate"]
+        for size in _sizes(self.applied(fixed).rollout.batch_size):
+            settings = (*fixed, f"train.microbatch={size}")
+            # Not all that counts as activations grows; where this is too much by far, nothing has to be run.
+            least = one.total + 0.9 * (size - 1) * one.by_role.get("activations", 0)
+            if size == 1 or (least <= self._gpu_memory and self.simulated(settings).device_peak <= self._gpu_memory):
+                break
+        return settings
+
     def settled(self, fixed: Settings, ladders: Mapping[Stage, Sequence[Settings]]) -> dict[Stage, Settings]:
         """For each stage the first of its settings that fits; the last ones do. One simulation tries one of each.
 
-        Peaks fall along a ladder, so that halving finds the place. The images of a rollout matter in every stage.
+        Peaks fall along a ladder, so that halving finds the place.
         """
         low, high = dict.fromkeys(ladders, 0), {name: len(ladder) - 1 for name, ladder in ladders.items()}
         while low != high:
             middle = {name: (low[name] + high[name]) // 2 for name in ladders}
             tried = [setting for name, ladder in ladders.items() for setting in ladder[middle[name]]]
-            found = self.simulated((*fixed, *tried))
+            found = self.simulated((*fixed, *tried), "optimizer")
             for name in ladders:
-                peak = found.device_peak if name == "rollout" else found.device[name].total
-                if peak <= self._gpu_memory:
+                if found.device[name].total <= self._gpu_memory:
                     high[name] = middle[name]
                 else:
                     low[name] = middle[name] + 1
