@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass
 
 from leapalign.reward_gradient import RewardFn
@@ -20,7 +21,7 @@ class Custom:
     function: str
 
     def load(self) -> RewardFn:
-        """The callable itself. Raises UserError where it cannot be imported or is none."""
+        """The callable itself. Raises UserError where it cannot be imported, or cannot be called so."""
         module, separator, name = self.function.partition(":")
         if not (module and separator and name):
             raise UserError(f"reward.function '{self.function}' must read package.module:function")
@@ -35,5 +36,14 @@ class Custom:
             raise UserError(
                 f"reward.function '{self.function}' is a {type(found).__name__}; name a function of (images, prompts)"
             )
+        try:
+            inspect.signature(found).bind("images", "prompts")
+        except TypeError as error:
+            raise UserError(
+                f"reward.function '{self.function}' cannot be called with images and prompts ({brief(error)}); give it "
+                "these two arguments"
+            ) from None
+        except ValueError:  # some built-in functions do not say what they take
+            pass
         function: RewardFn = found
         return function
