@@ -259,10 +259,10 @@ class Config:
             raise ValueError("memory.weights streamed needs memory.optimizer host, where the weights live; set it")
         if memory.weights == "streamed" and self.model.compile:
             raise ValueError("compiled blocks cannot be streamed; set model.compile to false")
-        if memory.weights == "streamed" and (memory.checkpointing == "none" or memory.checkpoint_every != 1):
+        if memory.weights == "streamed" and (memory.checkpointing != "blocks" or memory.checkpoint_every != 1):
             raise ValueError(
-                "memory.weights streamed needs every block recomputed; set memory.checkpointing to blocks and "
-                "memory.checkpoint_every to 1"
+                "memory.weights streamed needs every block recomputed, as a whole; set memory.checkpointing to blocks "
+                "and memory.checkpoint_every to 1"
             )
 
 

@@ -39,7 +39,7 @@ def read_network(kind: Any, path: str, dtype: torch.dtype, what: str, setting: s
     named = "; ".join(f"{fault}: {first_of(sorted(names))}" for fault, names in faults.items() if names)
     if named:
         raise UserError(f"the weights of {what} of '{path}' do not fit its config.json ({named}); download both again")
-    require_finite(network.state_dict().items(), f"{what} of '{path}'")
+    require_finite(network.state_dict(keep_vars=True).items(), f"{what} of '{path}'")
     return network
 
 
@@ -74,6 +74,7 @@ def require_whole_files(folder: Path) -> None:
         raise UserError(f"the weights in '{folder}' are damaged ({brief(error)}); download them again") from None
 
 
+@torch.no_grad()
 def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Raises UserError naming the first of the named ``tensors`` that holds NaN or an infinite number.
 

@@ -62,6 +62,14 @@ def test_wrong_values_are_one_sentence_with_the_remedy(assignment: str, message:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("recomputed", ["checkpointing=none", "checkpointing=attention", "checkpoint_every=2"])
+def test_streamed_weights_need_every_block_recomputed(recomputed: str) -> None:
+    streamed = ("memory.weights=streamed", "memory.optimizer=host", "optimizer.name=adamw_8bit")
+    config_of(*streamed, "memory.checkpointing=blocks")
+    with pytest.raises(UserError, match=r"as a whole; set memory\.checkpointing to blocks"):
+        config_of(*streamed, "memory.checkpointing=blocks", f"memory.{recomputed}")
+
+
 def test_override_into_a_value_is_refused() -> None:
     with pytest.raises(UserError, match="'seed' is a value, not a section"):
         override({"seed": 3}, ["seed.deep=1"])

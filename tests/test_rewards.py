@@ -147,6 +147,7 @@ def test_custom_is_the_callable(own_module: str) -> None:
         ("no_such_module_here:f", r"ModuleNotFoundError: No module named 'no_such_module_here'\)"),
         ("own_reward_for_a_test:nothing", "AttributeError: .*has no attribute 'nothing'"),
         ("own_reward_for_a_test:limit", "is a int; name a function"),
+        ("math:sqrt", "cannot be called with images and prompts"),
         ("broken_reward_for_a_test:f", "ZeroDivisionError: division by zero"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Custom:
     function: str
 
     def load(self) -> RewardFn:
-        """The callable, as an `OwnReward`. Raises UserError where it cannot be imported or is none."""
+        """The callable, as an `OwnReward`. Raises UserError where it cannot be imported, or cannot be called so."""
         module, separator, name = self.function.partition(":")
         if not (module and separator and name):
             raise UserError(f"reward.function '{self.function}' must read package.module:function")
@@ -41,6 +42,15 @@ class Custom:
             raise UserError(
                 f"reward.function '{self.function}' is a {type(found).__name__}; name a function of (images, prompts)"
             )
+        try:
+            inspect.signature(found).bind("images", "prompts")
+        except TypeError as error:
+            raise UserError(
+                f"reward.function '{self.function}' cannot be called with images and prompts ({brief(error)}); give it "
+                "these two arguments"
+            ) from None
+        except ValueError:  # some built-in functions do not say what they take
+            pass
         return OwnReward(found, self.function)
 
 
