@@ -127,7 +127,7 @@ class Trainer:
             yield {"iteration": self.iteration, **metrics, "seconds": seconds}
             if in_a_row == SKIPPED_AT_MOST:
                 raise UserError(
-                    f"{in_a_row} iterations in a row had a gradient that is not finite, and changed nothing; look into "
+                    f"{in_a_row} iterations in a row had no finite gradient, and changed nothing; look into "
                     "incidents.jsonl, lower optimizer.learning_rate, and resume from an earlier checkpoint"
                 )
             last = self.iteration == config.train.iterations
