@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
     memory.add_argument("--config", type=Path, required=True, help="YAML file, see configs/flux1_dev")
     memory.add_argument("--gpu-memory", default="80GiB", help="what has to suffice, such as 24GiB")
-    memory.add_argument("--auto", action="store_true", help="find the fastest settings that fit (several minutes)")
+    memory.add_argument("--auto", action="store_true", help="find the fastest settings that fit (minutes)")
     memory.set_defaults(execute=memory_command)
 
     doctor = commands.add_parser("doctor", help="versions, devices, and the backend of each kernel")
