@@ -11,8 +11,9 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from leapalign.durable import write_text, writing
+from leapalign.durable import writing
 from leapalign.faults import point
+from leapalign.json_lines import read_records, write_records
 from leapalign.watch.records import read_watch, replace_watch
 
 METRICS = "metrics.jsonl"
@@ -22,14 +23,6 @@ INCIDENTS = "incidents.jsonl"
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """All complete lines of the run's metrics, oldest first; empty where there are none."""
     return read_records(run / METRICS)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of the JSON lines at ``path``; empty where there are none."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
-    return [json.loads(line) for line in lines]
 
 
 class MetricsLog:
@@ -44,8 +37,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         for path in (self._run / METRICS, self._run / INCIDENTS):
             if path.exists() or path.name == METRICS:
-                kept = [record for record in read_records(path) if record["iteration"] <= self._iteration]
-                write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+                write_records(path, [one for one in read_records(path) if one["iteration"] <= self._iteration])
         path = self._run / METRICS
         dropped = self._iteration + 1 if self._iteration else 0
         watched = read_watch(self._run)

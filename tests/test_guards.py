@@ -13,9 +13,10 @@ from test_trainer import PROMPTS, config_of, parts, weights
 from torch import Tensor
 
 from leapalign.checkpoint import latest_checkpoint
+from leapalign.json_lines import read_records
 from leapalign.rewards.custom import OwnReward
 from leapalign.run import opened_run, run_training
-from leapalign.run_folder import MetricsLog, read_metrics, read_records
+from leapalign.run_folder import MetricsLog, read_metrics
 from leapalign.trainer import SKIPPED_AT_MOST, Trainer
 from leapalign.validation import UserError
 

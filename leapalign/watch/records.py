@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from leapalign.durable import write_text
+from leapalign.json_lines import read_records, write_records
 
 FILE = "watch.jsonl"
 
 
 def read_watch(run: Path) -> list[dict[str, float]]:
     """All records; empty where there are none."""
-    path = run / FILE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return read_records(run / FILE)
 
 
 def replace_watch(run: Path, records: Sequence[dict[str, float]]) -> None:
     """Replaces the records, which are on the disk on return. Raises UserError."""
-    write_text(run / FILE, "".join(json.dumps(record) + "\n" for record in records))
+    write_records(run / FILE, records)
 
 
 def ranked(run: Path, metric: str) -> list[int]:
