@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 from test_checkpoints import flip
 from test_cli import refused
 from test_trainer import parts, train
-from test_watch import other_reward, watched
+from test_watch import finished, other_reward, run, watched
 
 from leapalign.checkpoint import best_checkpoint, run_weights, save_checkpoint, step_folder
 from leapalign.cli import main
 from leapalign.watch.records import FILE, ranked, read_watch, replace_watch
 
-__all__ = ["parts"]
-
-
-@pytest.fixture(scope="module")
-def finished(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three checkpoints, of which all are measured."""
-    run = tmp_path_factory.mktemp("watched") / "run"
-    train(watched(parts, run, "train.iterations=6", "checkpoint.keep=9", other_reward(parts)))
-    return run
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+__all__ = ["finished", "parts", "run"]
 
 
 def test_the_order_of_checkpoints_is_that_of_one_metric(tmp_path: Path) -> None:
