@@ -97,15 +97,17 @@ def method_backward(
     all_scored = objective.score(method.reward_latents(trajectory, **indices), prompts)
     # Columns that reward the same latents share one gradient.
     rewarded = torch.arange(plan.index.shape[1]) % len(all_scored[0].rewards)
-    fault = first_fault(broken, all_scored)[rewarded]
+    # Looked at once: what follows of it needs no device.
+    fault = first_fault(broken, all_scored).cpu()[rewarded]
     skipped = fault > 0
     if float((~skipped).float().mean()) < 1:
         # Without a coefficient a column is left out of the backward pass: what is nan there would not become 0.
-        plan = replace(plan, coefficient=plan.coefficient.masked_fill(skipped.cpu(), 0))
+        plan = replace(plan, coefficient=plan.coefficient.masked_fill(skipped, 0))
     parts, found = [], []
     for term, scored in zip(objective.terms, all_scored, strict=True):
         # At its threshold a reward has no loss; one column's nan would be everybody's.
-        reward = scored.rewards[rewarded].masked_fill(skipped, term.threshold).requires_grad_()
+        reward = scored.rewards[rewarded]
+        reward = reward.masked_fill(skipped.to(reward.device), term.threshold).requires_grad_()
         gradient = scored.gradient[rewarded]
         loss, diagnostics = method.loss(reward, term.threshold, trajectory, **indices)
         (loss_gradient,) = torch.autograd.grad(share * term.weight * loss, reward)

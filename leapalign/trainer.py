@@ -185,7 +185,6 @@ class Trainer:
             positions = range(first + start, first + start + size)
             part = self._accumulate(positions, indices, share=size / total)
             faults = part.pop("fault")
-            # One look at the device, where all is well.
             if float((faults == 0).float().mean()) < 1:
                 skipped += self._note_faults(faults.tolist(), positions, indices)
             parts.append(part)
@@ -240,7 +239,7 @@ class Trainer:
             gradient_sink=self.optimizer.gradient_sink,
         )
         every = config.diagnostics.true_gradient_every
-        if every and self.iteration % every == 0 and positions.start == self.iteration * config.train.batch_size:
+        if every and self.iteration % every == 0 and positions.start == self._positions.start:
             parameters = [p for p in self.model.transformer.parameters() if p.requires_grad]
             x0_gradient = share * objective.true_gradient(rollout, prompts)
             metrics |= agreement(parameters, rollout, velocity, x0_gradient, microbatch)
