@@ -21,10 +21,10 @@ from leap_kernels import consistency_weighted_loss, leap_update, scale_gradient
 from torch import Tensor
 
 from leapalign.config import ModelConfig
-from leapalign.memory.ledger import StorageLedger
 from leapalign.methods import Method, get_method
 from leapalign.models import encode_prompts, load_model
 from leapalign.models.velocity import PromptedVelocity
+from leapalign.planning.ledger import StorageLedger
 from leapalign.reward_gradient import reward_gradient, to_unit_range
 from leapalign.rewards import get_reward
 from leapalign.rollout import Rollout, per_sample, sample_rollout

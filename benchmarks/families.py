@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from leapalign.config import load_config
-from leapalign.memory.simulate import simulate, step_seconds
+from leapalign.planning.simulate import simulate, step_seconds
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "flux1_dev"
 PROFILES = ("80gb", "48gb", "24gb")

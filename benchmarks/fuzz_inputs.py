@@ -37,13 +37,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # A script finds the modules
 
 from benchmarks import mutations
 from leapalign import models, rewards
+from leapalign.cli.libraries import quiet_libraries
 from leapalign.config import Config, load_config
-from leapalign.libraries import quiet_libraries
+from leapalign.inputs.validation import UserError
 from leapalign.models.folder import ModelFolder
-from leapalign.prompts import read_prompts
-from leapalign.run import refuse_used_folder, run_training
+from leapalign.prompts.files import read_prompts
+from leapalign.runs.opening import refuse_used_folder
+from leapalign.runs.run import Run
 from leapalign.trainer import Trainer
-from leapalign.validation import UserError
 
 CASE_SECONDS, RUN_SECONDS = 1.0, 60.0
 MEMORY = 12 * 2**30
@@ -162,7 +163,7 @@ def run(config: Config, folder: Path) -> None:
     train = dataclasses.replace(config.train, iterations=1)
     config = dataclasses.replace(config, train=train, output=str(folder / "run"))
     with contextlib.redirect_stderr(Path(os.devnull).open("w")):
-        run_training(Trainer.from_config(config))
+        Run.from_config(config).train()
 
 
 def one_case(seed: int, number: int, folder: Path, should_run: Callable[[], bool], tally: Tally) -> None:

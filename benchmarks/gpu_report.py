@@ -28,20 +28,13 @@ from leap_kernels.tools.report import provenance
 from torch import Tensor
 
 from benchmarks.tables import markdown
+from leapalign.cli.doctor import diagnose
 from leapalign.config import Config, load_config
-from leapalign.doctor import diagnose
+from leapalign.inputs.validation import UserError, brief
 from leapalign.memory.residency import Stage, watched
-from leapalign.memory.simulate import (
-    GPUS,
-    Simulation,
-    gib,
-    simulate,
-    skeleton,
-    skeleton_trainer,
-    step_seconds,
-)
 from leapalign.memory.transfer import Lane, pinned
-from leapalign.validation import UserError, brief
+from leapalign.planning.model_skeleton import skeleton, skeleton_trainer
+from leapalign.planning.simulate import GPUS, Simulation, gib, simulate, step_seconds
 
 ROOT = Path(__file__).parents[1]
 TINY, PROFILE = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "flux1_dev" / "80gb.yaml"

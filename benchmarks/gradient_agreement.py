@@ -22,6 +22,7 @@ from leap_kernels.tools.report import provenance
 from torch import Tensor
 
 from leapalign.config import ModelConfig
+from leapalign.diagnostics.true_gradient import true_gradient
 from leapalign.method_gradient import Objective, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import encode_prompts, load_model
@@ -30,7 +31,6 @@ from leapalign.reward_gradient import RewardTerm
 from leapalign.rewards import get_reward
 from leapalign.rollout import sample_rollout
 from leapalign.tiny.world import all_prompts, balanced_prompts
-from leapalign.true_gradient import true_gradient
 
 NUM_STEPS, BATCH_SIZE, THRESHOLD, DRAWS = 25, 16, 1.0, 6
 BANDS = ((0.0, 0.5), (0.5, 0.8), (0.8, 0.95), (0.95, 1.01))

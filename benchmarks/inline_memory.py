@@ -20,8 +20,8 @@ from leap_kernels import consistency_weighted_loss, leap_update, scale_gradient
 
 from leapalign.config import load_config
 from leapalign.memory.residency import made_for, stage
-from leapalign.memory.simulate import Simulation, simulate
 from leapalign.models.velocity import prompted_velocity
+from leapalign.planning.simulate import Simulation, simulate
 from leapalign.reward_gradient import to_unit_range
 from leapalign.rollout import sample_rollout
 from leapalign.trainer import Trainer

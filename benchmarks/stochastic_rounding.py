@@ -21,7 +21,7 @@ from leap_kernels.tools.report import provenance
 from torch import nn
 
 from leapalign.config import EmaConfig, OptimizerConfig
-from leapalign.optim import Optimizer
+from leapalign.optimizers.optimizer import Optimizer
 
 OPTIMIZERS = ("adamw_8bit", "adafactor")
 COLUMNS = 256

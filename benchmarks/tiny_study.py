@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from leapalign.report import text_table
-from leapalign.statistics import Interval
+from leapalign.evaluation.statistics import Interval
+from leapalign.reports.pages import text_table
 
 RESULTS = Path(__file__).parent / "results" / "tiny_study.jsonl"
 FIGURES = ("reward", "held_out_reward", "exact", "lenient", "clean")

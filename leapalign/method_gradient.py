@@ -10,7 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from leapalign.guards import drop_rollouts, first_fault
+from leapalign.diagnostics.guards import drop_rollouts, first_fault
 from leapalign.memory.residency import made_for, stage
 from leapalign.methods import Method
 from leapalign.reward_gradient import RewardGradient, RewardTerm, reward_gradient
@@ -87,7 +87,7 @@ def method_backward(
     ``reward_NAME``, and ``reward_gradient_NAME``, the norm of its part of the gradient at the rewarded latents.
 
     A sample whose latents, reward or reward gradient are not finite adds nothing to the gradient, counts as a loss of
-    0 in the mean, and has nan for its other metrics. ``fault`` says which these are, see `leapalign.guards`.
+    0 in the mean, and has nan for its other metrics. ``fault`` says which these are, see `first_fault`.
     """
     broken = drop_rollouts(rollout)
     trajectory = method.trajectory(rollout, velocity, **indices)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leapalign.faults import point
-from leapalign.validation import UserError
+from leapalign.inputs.validation import UserError
+from leapalign.memory.repetition import repeated
+from leapalign.storage.faults import point
 
 RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
 """``reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``, differentiable in the images, sample by sample."""
@@ -74,6 +75,7 @@ def reward_gradient(
     return RewardGradient(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+@repeated
 def _chunk_gradient(
     decode: Callable[[Tensor], Tensor], reward: RewardFn, latents: Tensor, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,8 +10,9 @@ import torch
 from leap_kernels import euler_step
 from torch import Tensor
 
-from leapalign.faults import point
+from leapalign.memory.repetition import repeated
 from leapalign.memory.residency import made_for
+from leapalign.storage.faults import point
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """``velocity_fn(latents (B, ...), sigma (B,)) -> velocity (B, ...)``, guidance included."""
@@ -86,9 +87,14 @@ def sample_rollout(velocity_fn: VelocityFn, noise: Tensor, sigmas: Tensor) -> Ro
     latents, velocities = [noise], []
     for sigma, sigma_next in itertools.pairwise(sigmas):
         point("rollout")
-        velocity = velocity_fn(latents[-1], sigma.expand(len(noise)).to(noise.device))
+        velocity = _evaluated(velocity_fn, latents[-1], sigma.expand(len(noise)).to(noise.device))
         velocities.append(velocity)
         with made_for("latents"):
             latents.append(euler_step(latents[-1], velocity, sigma, sigma_next))
     with made_for("latents"):
         return Rollout(torch.stack(latents), torch.stack(velocities), sigmas)
+
+
+@repeated
+def _evaluated(velocity_fn: VelocityFn, latents: Tensor, sigma: Tensor) -> Tensor:
+    return velocity_fn(latents, sigma)

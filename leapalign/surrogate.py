@@ -22,8 +22,9 @@ import torch
 from leap_kernels import combine_gradient_terms
 from torch import Tensor
 
-from leapalign.faults import point
+from leapalign.memory.repetition import repeated
 from leapalign.rollout import Rollout, VelocityFn
+from leapalign.storage.faults import point
 
 GradientSink = Callable[[Tensor, Tensor], None]
 """``sink(parameter, gradient)``: called the moment a backward has completed a parameter's gradient."""
@@ -204,6 +205,7 @@ def _row_groups(discount: list[float], whole: bool) -> Iterator[list[int]]:
             group = []
 
 
+@repeated
 def _velocity_vjp(
     velocity_fn: VelocityFn,
     latents: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leapalign.checkpoint import load_checkpoint, save_checkpoint
 from leapalign.config import Config
-from leapalign.embedded import resolve
-from leapalign.guards import fault_names
+from leapalign.diagnostics.guards import fault_names
+from leapalign.diagnostics.threshold import warn_of_thresholds
+from leapalign.diagnostics.true_gradient import agreement
+from leapalign.inputs.validation import UserError
 from leapalign.memory.placement import place, training_device
 from leapalign.memory.residency import stage
 from leapalign.memory.room import require_room
@@ -24,18 +25,15 @@ from leapalign.methods import Method, get_method
 from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity
-from leapalign.optim import Optimizer
-from leapalign.prompt_cache import embeddings_of
-from leapalign.prompts import PromptOrder, read_prompts
+from leapalign.optimizers.optimizer import Optimizer
+from leapalign.prompts.embeddings import embeddings_of
+from leapalign.prompts.files import read_prompts
+from leapalign.prompts.order import PromptOrder
 from leapalign.reward_gradient import RewardTerm
 from leapalign.rewards import reward_terms
 from leapalign.rollout import sample_rollout
+from leapalign.storage.embedded import resolve
 from leapalign.streams import INDEX_STREAM, NOISE_STREAM, seed_of
-from leapalign.threshold import warn_of_thresholds
-from leapalign.true_gradient import agreement
-from leapalign.validation import UserError
-from leapalign.watch.records import ranked
-from leapalign.watch.watch import Watch
 
 SKIPPED_AT_MOST = 10
 """Iterations in a row that may pass without a finite gradient."""
@@ -58,7 +56,6 @@ class Trainer:
     iteration: int = 0
     incidents: list[dict[str, Any]] = field(default_factory=list)
     """Of the last iteration: what was not finite, sample by sample, and then as a whole."""
-    watch: Watch | None = None
     order: PromptOrder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,19 +70,15 @@ class Trainer:
         method = get_method(**config.method)
         prompts = read_prompts(Path(resolve(config.prompts.path)))
         rewards = reward_terms(config)
-        watch = Watch.from_config(config, prompts)
         model = load_model(config.model)
         steps = config.rollout.num_steps
         try:
             method.plan(model.sigmas(steps), **method.draw(steps, 1, torch.Generator()))
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
-        require_room(config, model, training_device())
+        require_room(config, model.draw_noise, training_device())
         trainer = cls.assembled(config, model, prompts, None, rewards, method, training_device())
         trainer.embeddings = embeddings_of(config, prompts)
-        if watch:
-            watch.embeddings = embeddings_of(config, watch.prompts)
-        trainer.watch = watch
         return trainer
 
     @classmethod
@@ -105,18 +98,13 @@ class Trainer:
         optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights)
         return cls(config, model, prompts, embeddings, rewards, method, optimizer)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Continues after ``checkpoint``. Raises UserError where it cannot be read."""
-        self.iteration = load_checkpoint(checkpoint, self.model.transformer, self.optimizer)
+    def run(self) -> Iterator[dict[str, float]]:
+        """Trains to the last iteration, and yields the metrics of each.
 
-    def run(self, stopping: Callable[[], bool] = lambda: False) -> Iterator[dict[str, float]]:
-        """Trains to the last iteration, or until ``stopping()``; yields metrics, then saves checkpoints where due.
-
-        A resumed run goes on after its checkpoint, so what the caller records has to be on the disk before: it is when
-        the next metrics are asked for.
+        Raises UserError where `SKIPPED_AT_MOST` in a row changed nothing.
         """
-        config, in_a_row = self.config, 0
-        while self.iteration < config.train.iterations:
+        in_a_row = 0
+        while self.iteration < self.config.train.iterations:
             started = time.perf_counter()
             metrics = self.train_one()
             in_a_row = in_a_row + 1 if metrics["skipped"] else 0
@@ -130,14 +118,6 @@ class Trainer:
                     f"{in_a_row} iterations in a row had no finite gradient, and changed nothing; look into "
                     "incidents.jsonl, lower optimizer.learning_rate, and resume from an earlier checkpoint"
                 )
-            last = self.iteration == config.train.iterations
-            if last or self.iteration % config.checkpoint.every == 0 or stopping():
-                self._refuse_bad_weights()
-                run, keep = Path(config.output), config.checkpoint.keep
-                best_first = ranked(run, config.watch.best_by)
-                save_checkpoint(run, self.iteration, self.model.transformer, self.optimizer, keep, best_first)
-                if stopping():
-                    return
 
     def train_one(self) -> dict[str, float]:
         """One optimizer step over ``train.batch_size`` images; the mean of their metrics."""
@@ -151,7 +131,8 @@ class Trainer:
             self.incidents.append(self._incident(what, self._positions, {}))
         return metrics
 
-    def _refuse_bad_weights(self) -> None:
+    def refuse_bad_weights(self) -> None:
+        """Raises UserError where a weight is not finite: what is saved then would be of no use."""
         bad = self.optimizer.bad_weight()
         if bad is not None:
             raise UserError(

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -98,3 +99,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random tiny FLUX, a random CLIP reward and a prompt file."""
+    from small_runs import make_parts  # after the environment is set
+
+    folder = tmp_path_factory.mktemp("parts")
+    make_parts(folder)
+    return folder

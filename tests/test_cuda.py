@@ -12,24 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_placement import BYTES, HOST, STREAMED
-from test_trainer import PROMPTS, config_of, parts
+from places import BYTES, HOST, STREAMED
+from small_runs import PROMPTS, config_of
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leapalign.config import Config
-from leapalign.generate import generate
+from leapalign.evaluation.generate import generate
 from leapalign.memory.host_gradients import HostGradients
-from leapalign.memory.ledger import StorageLedger
 from leapalign.memory.placement import place_for_sampling
-from leapalign.memory.simulate import simulate
 from leapalign.memory.transfer import Lane, ToHost, pinned
 from leapalign.methods import get_method
 from leapalign.models import encode_prompts, load_model
+from leapalign.planning.ledger import StorageLedger
+from leapalign.planning.simulate import simulate
 from leapalign.rewards import reward_terms
 from leapalign.trainer import Trainer
 
-__all__ = ["parts"]
 TWO_BUFFERS = (*STREAMED, "memory.stream_buffers=2")
 NATIVE = "memory.attention=native"
 MARGIN = 64 << 20

@@ -5,78 +5,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from small_runs import config_of, gradient, train, weights, without_time
 from torch import Tensor
 
-from leapalign.checkpoint import AVERAGE, TRANSFORMER, latest_checkpoint, read_weights
-from leapalign.config import Config, ModelConfig, override
+from leapalign.config import ModelConfig
+from leapalign.inputs.validation import UserError
 from leapalign.methods import METHODS
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.models import load_model
-from leapalign.run import prepare_resume, run_training
-from leapalign.run_folder import MetricsLog, read_metrics
+from leapalign.models.weights import read_weights
+from leapalign.runs.checkpoint import AVERAGE, TRANSFORMER, latest_checkpoint
+from leapalign.runs.run_folder import MetricsLog, read_metrics
 from leapalign.tiny.model import (
-    build_pooled_encoder,
     build_scheduler,
-    build_token_encoder,
-    build_transformer,
-    save_model,
 )
-from leapalign.tiny.train_reward import build_scorer, save_scorer
 from leapalign.trainer import Trainer
-from leapalign.validation import UserError, validated
-
-PROMPTS = ["a circle", "two squares", "a red cross", "a cross and a square", "four circles"]
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random tiny FLUX, a random CLIP reward and a prompt file."""
-    folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    save_model(folder / "model", build_transformer(), build_pooled_encoder(), build_token_encoder())
-    save_scorer(build_scorer(), folder / "reward")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    return folder
-
-
-def config_of(parts: Path, output: Path, *assignments: str) -> Config:
-    settings = (
-        f"output={output}",
-        f"model.path={parts / 'model'}",
-        f"reward.path={parts / 'reward'}",
-        "reward.name=pickscore",
-        f"prompts.path={parts / 'prompts.txt'}",
-        "threshold=1.0",
-        "rollout.num_steps=3",
-        "rollout.batch_size=4",
-        "train.batch_size=4",
-        "train.iterations=4",
-        "optimizer.learning_rate=1e-3",
-        "checkpoint.every=2",
-        "samples.every=2",
-        "samples.count=2",
-    )
-    return validated(Config, override({}, (*settings, *assignments)), "test")
-
-
-def train(config: Config, resume: bool = False) -> Trainer:
-    trainer = Trainer.from_config(config)
-    if resume:
-        prepare_resume(trainer)
-    run_training(trainer)
-    return trainer
-
-
-def weights(trainer: Trainer) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.transformer.parameters()])
-
-
-def without_time(records: list[dict[str, float]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
 def test_two_runs_are_bit_equal_and_move_the_weights(parts: Path, tmp_path: Path) -> None:
@@ -119,13 +65,6 @@ def test_splitting_the_work_changes_only_rounding(parts: Path, tmp_path: Path, a
     records = [read_metrics(tmp_path / name)[0] for name in ("whole", "split")]
     for name in ("reward", "loss", "grad_norm", "d_j"):
         assert records[0][name] == pytest.approx(records[1][name], rel=1e-4)
-
-
-def gradient(config: Config) -> Tensor:
-    """The gradient of the first iteration."""
-    trainer = Trainer.from_config(config)
-    trainer.accumulate_gradients()
-    return torch.cat([p.grad.flatten() for p in trainer.model.transformer.parameters() if p.grad is not None])
 
 
 def test_accumulated_gradient_is_the_mean_over_rollouts(parts: Path, tmp_path: Path) -> None:

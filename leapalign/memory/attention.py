@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-from leapalign.validation import UserError, brief
+from leapalign.inputs.validation import UserError, brief
 
 PREFERRED = ("_flash_3", "flash", "xformers", "native")
 """Fastest first, as their authors measured on GPUs; not measured here."""

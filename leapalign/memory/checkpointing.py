@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from leapalign.config import MemoryConfig
-from leapalign.models.protocol import FlowModel
-from leapalign.validation import UserError
+from leapalign.inputs.validation import UserError
 
 _ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -23,12 +22,12 @@ _ATTENTION = (
 """What PyTorch's attention runs as. Other libraries' kernels are recomputed with their block."""
 
 
-def prepare_model(model: FlowModel, config: MemoryConfig) -> None:
-    """Has the transformer, and the decoder, recompute what ``config`` says. Raises UserError where one cannot."""
+def prepare_model(transformer: nn.Module, decoder: nn.Module | None, config: MemoryConfig) -> None:
+    """Has ``transformer``, and ``decoder``, recompute what ``config`` says. Raises UserError where one cannot."""
     if config.checkpointing != "none":
-        checkpoint_blocks(model.transformer, config.checkpointing == "attention", config.checkpoint_every)
-    if config.checkpoint_decoder and model.decoder is not None:
-        checkpoint_resnets(model.decoder)
+        checkpoint_blocks(transformer, config.checkpointing == "attention", config.checkpoint_every)
+    if config.checkpoint_decoder and decoder is not None:
+        checkpoint_resnets(decoder)
 
 
 def checkpoint_blocks(model: Any, keep_attention: bool = False, every: int = 1) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leapalign.inputs.validation import UserError
 from leapalign.memory.residency import host_memory, made_for, note_traffic
 from leapalign.memory.transfer import Event, Lane, pinned
-from leapalign.validation import UserError
 
 
 @dataclass(eq=False)

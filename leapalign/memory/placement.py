@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,8 +14,23 @@ from leapalign.config import MemoryConfig
 from leapalign.memory.attention import set_attention
 from leapalign.memory.checkpointing import prepare_model
 from leapalign.memory.host_weights import HostWeights
-from leapalign.models.protocol import FlowModel
-from leapalign.reward_gradient import RewardFn
+
+
+class Placeable(Protocol):
+    """What of a model has a place."""
+
+    device: torch.device
+    """Where it computes."""
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The network that is trained."""
+        ...
+
+    @property
+    def decoder(self) -> nn.Module | None:
+        """The network that makes images of latents; None where latents are images."""
+        ...
 
 
 def training_device() -> torch.device:
@@ -23,7 +39,7 @@ def training_device() -> torch.device:
 
 
 def place(
-    model: FlowModel, rewards: Sequence[RewardFn], config: MemoryConfig, device: torch.device
+    model: Placeable, rewards: Sequence[object], config: MemoryConfig, device: torch.device
 ) -> HostWeights | None:
     """Moves ``model`` and ``rewards`` to ``device``, or the weights that are trained to host memory.
 
@@ -31,7 +47,7 @@ def place(
     attention backend that does not work here, and for models that cannot recompute blocks.
     """
     set_attention(model.transformer, config.attention, device, next(model.transformer.parameters()).dtype)
-    prepare_model(model, config)
+    prepare_model(model.transformer, model.decoder, config)
     model.device = device
     for reward in rewards:
         place_reward(reward, device)
@@ -45,7 +61,7 @@ def place(
     return held if config.optimizer == "host" else None
 
 
-def place_for_sampling(model: FlowModel, config: MemoryConfig, device: torch.device) -> None:
+def place_for_sampling(model: Placeable, config: MemoryConfig, device: torch.device) -> None:
     """Moves ``model`` to ``device`` to make images without gradients; weights that stream go on streaming.
 
     Raises UserError for an attention backend that does not work here.
@@ -54,14 +70,14 @@ def place_for_sampling(model: FlowModel, config: MemoryConfig, device: torch.dev
     place(model, (), replace(residence, checkpointing="none", checkpoint_decoder=False), device)
 
 
-def place_reward(reward: RewardFn, device: torch.device) -> None:
+def place_reward(reward: object, device: torch.device) -> None:
     """Moves a reward to ``device``, where it is a module."""
     if isinstance(reward, nn.Module):
         _move(reward, device)
 
 
 @contextlib.contextmanager
-def lent_device(rewards: Collection[RewardFn], device: torch.device) -> Iterator[None]:
+def lent_device(rewards: Collection[object], device: torch.device) -> Iterator[None]:
     """``rewards`` are on ``device`` within the block, and in host memory after it."""
     try:
         for reward in rewards:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.config import Config
-from leapalign.models.protocol import FlowModel
-from leapalign.validation import UserError
+from leapalign.inputs.validation import UserError
 
 
-def require_room(config: Config, model: FlowModel, device: torch.device) -> None:
+def require_room(config: Config, draw_noise: Callable[[list[int]], Tensor], device: torch.device) -> None:
     """Raises UserError where the latents and velocities of one rollout are more than all memory of ``device``.
 
-    What fits by this measure may still be too much: `leapalign memory` says what an iteration takes.
+    draw_noise: makes the latents of images from their seeds. What fits by this measure may still be too much:
+    `leapalign memory` says what an iteration takes.
     """
     images, steps = min(config.rollout.batch_size, config.train.batch_size), config.rollout.num_steps
     with FakeTensorMode():  # which takes no memory
-        latent = model.draw_noise([0])
+        latent = draw_noise([0])
     needed = images * (2 * steps + 1) * latent.numel() * latent.element_size()
     there = _total(device)
     if there is not None and needed > there:

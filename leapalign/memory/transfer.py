@@ -15,7 +15,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-from leapalign.validation import UserError
+from leapalign.inputs.validation import UserError
 
 Event = Any
 """Of `torch.get_device_module(device)`: a point in the order of a stream's work."""

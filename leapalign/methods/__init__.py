@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from leapalign.inputs.validation import UserError, did_you_mean, shortened, validated
 from leapalign.methods.draft_k import DRaFTK
 from leapalign.methods.draft_lv import DRaFTLV
 from leapalign.methods.drtune import DRTune
@@ -17,7 +18,6 @@ from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
 from leapalign.rollout import Rollout
 from leapalign.surrogate import ConditionedVelocity, SurrogatePlan
-from leapalign.validation import UserError, did_you_mean, shortened, validated
 
 
 class Method(Protocol):

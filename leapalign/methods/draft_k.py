@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leapalign.config import Steps
+from leapalign.inputs.bounds import Steps
 from leapalign.methods.base import SurrogateMethod, euler
 from leapalign.surrogate import SurrogatePlan
 

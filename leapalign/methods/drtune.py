@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leapalign.config import Steps
+from leapalign.inputs.bounds import Steps
 from leapalign.methods.base import SurrogateMethod, euler, last_steps, undiscounted, wide
 from leapalign.rollout import Rollout
 from leapalign.surrogate import SurrogatePlan

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from leapalign.config import NonNegativeFloat
+from leapalign.inputs.bounds import NonNegativeFloat
 from leapalign.methods.active_set import draw_without_replacement, rescaled
 from leapalign.methods.base import SurrogateMethod, euler, wide
 from leapalign.methods.leap_draws import uniform_starts

@@ -9,7 +9,7 @@ from leap_kernels import consistency_weighted_loss
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from leapalign.config import NonNegativeFloat, PositiveFloat, Steps
+from leapalign.inputs.bounds import NonNegativeFloat, PositiveFloat, Steps
 from leapalign.methods.active_set import rescaled
 from leapalign.methods.base import SurrogateMethod, wide
 from leapalign.methods.leapalign import LeapAlign

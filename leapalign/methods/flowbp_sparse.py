@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leapalign.config import NonNegativeFloat, Steps
+from leapalign.inputs.bounds import NonNegativeFloat, Steps
 from leapalign.methods.active_set import draw_without_replacement, rescaled
 from leapalign.methods.base import SurrogateMethod, euler, undiscounted, wide
 from leapalign.surrogate import SurrogatePlan

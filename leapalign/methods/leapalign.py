@@ -10,7 +10,7 @@ import torch
 from leap_kernels import consistency_weighted_loss, leap_distances
 from torch import Tensor
 
-from leapalign.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from leapalign.inputs.bounds import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from leapalign.methods.base import SurrogateMethod, wide
 from leapalign.methods.leap_draws import STRATEGIES
 from leapalign.rollout import Rollout

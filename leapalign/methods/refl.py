@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leapalign.config import PositiveInt
+from leapalign.inputs.bounds import PositiveInt
 from leapalign.methods.base import SurrogateMethod, last_steps, undiscounted, wide
 from leapalign.rollout import Rollout
 from leapalign.surrogate import SurrogatePlan

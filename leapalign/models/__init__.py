@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from leapalign.config import ModelConfig
-from leapalign.embedded import resolve
+from leapalign.inputs.networks import require_whole_files
+from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.flux import FluxModel
 from leapalign.models.flux2 import Flux2DevModel, Flux2KleinModel
@@ -21,8 +22,7 @@ from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
 from leapalign.models.text_encoders import TextEncoder
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.models.z_image import ZImageModel
-from leapalign.networks import require_whole_files
-from leapalign.validation import UserError
+from leapalign.storage.embedded import resolve
 
 FAMILIES: dict[str, Family] = {
     "FluxPipeline": FluxModel,

@@ -21,11 +21,11 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import normal_latents
 from leapalign.models.text_encoders import TextEncoder, load_pipeline
-from leapalign.validation import UserError
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as FLUX.2's pipelines have it; a folder's tokenizer may say less."""

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from leapalign.networks import read_network, require_class
-from leapalign.validation import UserError, brief
+from leapalign.inputs.networks import read_network, require_class
+from leapalign.inputs.validation import UserError, brief
 
 
 class Parts(Protocol):

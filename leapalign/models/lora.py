@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.validation import UserError
 from leapalign.streams import ADAPTER_STREAM, seed_of
-from leapalign.validation import UserError
 
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"

@@ -16,11 +16,11 @@ from diffusers import (
 from torch import Tensor
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import normal_latents, resolution_shift
 from leapalign.models.text_encoders import TextEncoder, load_pipeline
-from leapalign.validation import UserError
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as the pipeline has it."""

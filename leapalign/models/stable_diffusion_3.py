@@ -15,11 +15,11 @@ from diffusers import (
 from torch import Tensor
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, normal_latents, resolution_shift
 from leapalign.models.text_encoders import TextEncoder, load_pipeline
-from leapalign.validation import UserError
 
 CLIP_TOKENS = 77
 """Length of a prompt to both CLIP encoders."""

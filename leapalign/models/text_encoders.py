@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from leapalign.inputs.networks import read_network
+from leapalign.inputs.validation import UserError, brief
 from leapalign.models.folder import read_index
-from leapalign.networks import read_network
-from leapalign.validation import UserError, brief
 
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 """Some parts of the embeddings of prompts, see `leapalign.models.embeddings.PromptEmbeddings`."""

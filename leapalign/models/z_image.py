@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, normal_latents, resolution_shift
 from leapalign.models.text_encoders import TextEncoder, load_pipeline
-from leapalign.validation import UserError
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as Z-Image's pipeline has it; a folder's tokenizer may say less."""

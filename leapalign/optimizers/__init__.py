@@ -1,4 +1,4 @@
-"""Update rules by name: from gradients to moved weights. `leapalign.optim.Optimizer` clips, schedules and averages."""
+"""From gradients to moved weights: update rules by name; `Optimizer`, in its file, clips, schedules and averages."""
 
 from __future__ import annotations
 

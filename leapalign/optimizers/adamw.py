@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.config import OptimizerConfig
-from leapalign.validation import UserError
+from leapalign.inputs.validation import UserError
 
 
 class AdamW(torch.optim.AdamW):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.config import OptimizerConfig
-from leapalign.faults import point
+from leapalign.storage.faults import point
 
 
 class RoundedOptimizer(torch.optim.Optimizer):

@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 from transformers import CLIPConfig
 
-from leapalign.config import Config, FiniteFloat, PositiveFloat
+from leapalign.config import Config
+from leapalign.inputs.bounds import FiniteFloat, PositiveFloat
+from leapalign.inputs.validation import UserError, did_you_mean, shortened, validated
 from leapalign.reward_gradient import RewardFn, RewardTerm
 from leapalign.rewards.aesthetic import Aesthetic
 from leapalign.rewards.clipscore import CLIPScore
@@ -22,7 +24,6 @@ from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.pickscore import PickScore
 from leapalign.rewards.simulated import VIT_H_14, simulated_clip
-from leapalign.validation import UserError, did_you_mean, shortened, validated
 
 REWARDS: dict[str, type[Any]] = {
     "aesthetic": Aesthetic,

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from leapalign.embedded import resolve
-from leapalign.networks import read_network
+from leapalign.inputs.networks import read_network
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import find_file, load_tensors, read_tensors
 from leapalign.rewards.preprocessing import cover, normalised, unit_vectors
 from leapalign.rewards.simulated import VIT_L_14, clip_config
+from leapalign.storage.embedded import resolve
 
 PUBLISHED = "sac+logos+ava1-l14-linearMSE.pth"
 HEAD = {"0": 1024, "2": 128, "4": 64, "6": 16, "7": 1}

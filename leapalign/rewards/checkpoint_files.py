@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from leapalign.networks import require_finite
-from leapalign.validation import UserError, brief, first_of
+from leapalign.inputs.networks import require_finite
+from leapalign.inputs.validation import UserError, brief, first_of
 
 
 def find_file(path: str, names: tuple[str, ...], setting: str = "reward.path") -> Path:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from leapalign.embedded import resolve
-from leapalign.networks import read_network
+from leapalign.inputs.networks import read_network
+from leapalign.inputs.validation import UserError, brief
 from leapalign.rewards.preprocessing import cover, normalised, unit_vectors
-from leapalign.validation import UserError, brief
+from leapalign.storage.embedded import resolve
 
 Scale = Literal["cosine", "x100", "logit", "probability"]
 """``cosine``; ``x100``, 100 times that; ``logit``, ``cosine * exp(logit_scale)``; ``probability``,

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
-from leapalign.validation import UserError, brief
 
 
 @dataclass(frozen=True)

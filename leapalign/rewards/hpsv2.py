@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from leapalign.embedded import resolve
+from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
 from leapalign.rewards.clip_scorer import ClipScorer
 from leapalign.rewards.preprocessing import contain
 from leapalign.rewards.simulated import VIT_H_14, simulated_clip
-from leapalign.validation import UserError, brief
+from leapalign.storage.embedded import resolve
 
 _log = logging.getLogger("leapalign")
 

@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from leapalign.embedded import resolve
+from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
 from leapalign.rewards.hpsv3_prompt import IMAGE_TOKEN, REWARD_TOKEN, conversation
 from leapalign.rewards.preprocessing import normalised, resize
 from leapalign.rewards.simulated import QWEN2_VL_7B
-from leapalign.validation import UserError, brief
+from leapalign.storage.embedded import resolve
 
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
 PIXELS = 256 * 28 * 28

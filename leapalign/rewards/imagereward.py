@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from leapalign.embedded import resolve
+from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
 from leapalign.rewards.preprocessing import cover, normalised
-from leapalign.validation import UserError, brief
+from leapalign.storage.embedded import resolve
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the scores on ImageReward's validation set; its package subtracts and divides by them."""

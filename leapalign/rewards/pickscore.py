@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import nn
 
+from leapalign.inputs.validation import UserError
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.clip_scorer import ClipScorer, read_clip
 from leapalign.rewards.simulated import VIT_H_14, clip_config, simulated_clip
-from leapalign.validation import UserError
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, CLIPConfig, CLIPImageProcessor
 
-from leapalign.embedded import resolve
+from leapalign.inputs.validation import UserError, brief
 from leapalign.rewards.clip_scorer import ClipScorer
-from leapalign.validation import UserError, brief
+from leapalign.storage.embedded import resolve
 
 SKELETONS = Path(__file__).parent / "skeletons"
 VIT_H_14 = SKELETONS / "vit_h_14"

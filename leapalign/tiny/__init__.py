@@ -1,0 +1,1 @@
+"""The embedded world: pictures, judge, model, rewards and the demo."""

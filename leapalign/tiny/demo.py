@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from leapalign.config import Config, MemoryConfig
-from leapalign.embedded import FOLDER
 from leapalign.memory.placement import place, training_device
 from leapalign.models import encode_prompts, load_model
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.protocol import FlowModel
-from leapalign.optim import Optimizer
+from leapalign.optimizers.optimizer import Optimizer
 from leapalign.reward_gradient import RewardFn
+from leapalign.storage.embedded import FOLDER
 from leapalign.streams import CONTROL_STREAM, EVALUATION_STREAM, seed_of
 from leapalign.tiny.critic import Critic
 from leapalign.tiny.evaluate import RULES, Evaluation, evaluate
@@ -79,15 +79,15 @@ def train_control(config: Config, seconds: float) -> FlowModel:
     return model
 
 
-def run_demo(trainer: Trainer, run: Callable[[Trainer], float]) -> Comparison | None:
-    """Evaluates before and after training with ``run``, which returns its seconds, and after an equal-time control.
+def run_demo(trainer: Trainer, train: Callable[[], float]) -> Comparison | None:
+    """Evaluates before and after training by ``train``, which returns its seconds, and after an equal-time control.
 
-    None where ``run`` was stopped before the last iteration.
+    None where ``train`` was stopped before the last iteration.
     """
     config = trainer.config
     held_out = HeldOut.load(config, trainer.rewards[0].reward)
     before = held_out.evaluate(trainer.model)
-    seconds = run(trainer)
+    seconds = train()
     if trainer.iteration < config.train.iterations:
         return None
     with trainer.optimizer.averaged_weights():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from leapalign.pictures import before_after_grid, learning_curve
-from leapalign.report import image, table, write_page
-from leapalign.run_folder import read_metrics
+from leapalign.reports.pages import image, table, write_page
+from leapalign.reports.pictures import before_after_grid, learning_curve
+from leapalign.runs.run_folder import read_metrics
 from leapalign.tiny.demo import HELD_OUT_REWARD, REWARD, Comparison
 from leapalign.tiny.world import FAMILIES
 

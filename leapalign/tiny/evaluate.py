@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leapalign.generate import generate
+from leapalign.evaluation.generate import generate
+from leapalign.evaluation.statistics import Interval, mean_interval, share_interval
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.protocol import FlowModel
 from leapalign.reward_gradient import RewardFn
-from leapalign.statistics import Interval, mean_interval, share_interval
 from leapalign.tiny.judge import Verdict, judge
 from leapalign.tiny.world import FAMILIES, Prompt
 

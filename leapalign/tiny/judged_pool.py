@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leapalign.config import ModelConfig
-from leapalign.generate import generate
+from leapalign.evaluation.generate import generate
 from leapalign.models import encode_prompts, load_model
 from leapalign.tiny.evaluate import NUM_STEPS
 from leapalign.tiny.grades import MOST_EDITS, edits_needed, scene_of

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from leapalign.embedded import FOLDER
+from leapalign.storage.embedded import FOLDER
 from leapalign.tiny.judged_pool import build_pool
 from leapalign.tiny.train_base import STAGES, train_base
 from leapalign.tiny.train_critic import train_critic

@@ -1,0 +1,1 @@
+"""The watch on reward hacking: held-out prompts measured during a run."""

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from leapalign.config import Config
-from leapalign.durable import beside
-from leapalign.validation import UserError, brief
+from leapalign.inputs.validation import UserError, brief
+from leapalign.storage.durable import beside
 
 FILE = "watch_base.safetensors"
 _MADE_WITH = "made_with"

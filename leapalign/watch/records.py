@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from leapalign.json_lines import read_records, write_records
+from leapalign.storage.json_lines import read_records, write_records
 
 FILE = "watch.jsonl"
 

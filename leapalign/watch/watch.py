@@ -9,29 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from leapalign.config import Config
-from leapalign.embedded import resolve
-from leapalign.faults import point
-from leapalign.generate import sample
+from leapalign.evaluation.generate import sample
+from leapalign.inputs.validation import UserError
 from leapalign.memory.placement import lent_device
-from leapalign.prompts import read_prompts
+from leapalign.models.protocol import FlowModel
+from leapalign.prompts.files import read_prompts
 from leapalign.reward_gradient import RewardFn, RewardTerm
 from leapalign.rewards import reward_terms
-from leapalign.validation import UserError
+from leapalign.storage.embedded import resolve
+from leapalign.storage.faults import point
 from leapalign.watch import image_statistics as statistics
 from leapalign.watch.base import load_base, save_base
 from leapalign.watch.metrics import OF_IMAGES, metric_names
 from leapalign.watch.records import FILE, read_watch
 from leapalign.watch.rules import Stop, StopRule, first_to_hold
-
-if TYPE_CHECKING:
-    from leapalign.trainer import Trainer
 
 SEED = 3_000_000
 """Of the first image's noise, in every run."""
@@ -56,11 +54,8 @@ class Watch:
     """The rule that held at the last measurement, if one did."""
 
     @classmethod
-    def from_config(cls, config: Config, trained: Sequence[str]) -> Watch | None:
-        """None where ``config`` has no watch; ``trained``: the prompts that are trained on.
-
-        Raises UserError for rules, prompts and rewards that cannot be used.
-        """
+    def from_config(cls, config: Config) -> Watch | None:
+        """None where ``config`` has no watch. Raises UserError for rules, prompts and rewards that cannot be used."""
         watch = config.watch
         if not watch.every:
             return None
@@ -70,14 +65,17 @@ class Watch:
         if not file.exists():
             raise UserError(f"watch.prompts '{file}' does not exist; correct the path")
         prompts = read_prompts(file)
-        shared = set(prompts) & set(trained)
-        if shared:
-            _log.warning("%d of watch.prompts are trained on, and so not held out, as '%s'", len(shared), min(shared))
         rewards = {}
         if watch.rewards:
             terms = reward_terms(dataclasses.replace(config, reward=list(watch.rewards)))
             rewards = {term.name: term.reward for term in terms}
         return cls(config, prompts, rewards, rules)
+
+    def warn_of_trained(self, trained: Sequence[str]) -> None:
+        """Warns where prompts of the watch are among those that are trained on."""
+        shared = set(self.prompts) & set(trained)
+        if shared:
+            _log.warning("%d of watch.prompts are trained on, and so not held out, as '%s'", len(shared), min(shared))
 
     def due(self, iteration: int) -> bool:
         """Whether to measure after ``iteration``: every so often, and after the last."""
@@ -105,17 +103,17 @@ class Watch:
                     )
         self.stop = first_to_hold(self.rules, records[-1], self.base)
 
-    def look(self, trainer: Trainer) -> dict[str, float]:
-        """Measures, and tells by ``stop`` whether a rule holds; at iteration 0 it also keeps the base.
+    def look(self, iteration: int, model: FlowModel, trained: Sequence[RewardTerm]) -> dict[str, float]:
+        """Measures what ``model`` draws with the weights it holds, and tells by ``stop`` whether a rule holds.
 
-        Returns a record of means over all images: ``iteration``, `metric_names`. Raises UserError where the base
-        cannot be written.
+        trained: the rewards of the run. At iteration 0 it also keeps the base. Returns a record of means over all
+        images: ``iteration``, `metric_names`. Raises UserError where the base cannot be written.
         """
-        if trainer.iteration == 0:
+        if iteration == 0:
             self.base_latents = None
-        metrics, latents = self._measured(trainer)
-        record = {"iteration": trainer.iteration, **metrics}
-        if trainer.iteration == 0:
+        metrics, latents = self._measured(model, trained)
+        record = {"iteration": iteration, **metrics}
+        if iteration == 0:
             self.base, self.base_latents = record, torch.cat(latents)
             save_base(Path(self.config.output), self.base_latents, self.config, self.prompts)
         assert self.base is not None, "recall comes first"
@@ -123,19 +121,19 @@ class Watch:
         return record
 
     @torch.no_grad()
-    def _measured(self, trainer: Trainer) -> tuple[dict[str, float], list[Tensor]]:
+    def _measured(self, model: FlowModel, trained: Sequence[RewardTerm]) -> tuple[dict[str, float], list[Tensor]]:
         """`metric_names` with their means; the latents of each batch, unless the base's are known."""
-        config, model = self.config, trainer.model
+        config = self.config
         count, size = len(self.prompts) * config.watch.seeds, config.rollout.batch_size
         sigmas = model.sigmas(config.rollout.num_steps)
         columns, smalls, made = defaultdict[str, list[Tensor]](list), list[Tensor](), list[Tensor]()
-        with trainer.optimizer.averaged_weights(), lent_device(self.rewards.values(), model.device):
+        with lent_device(self.rewards.values(), model.device):
             for start in tqdm(range(0, count, size), desc="watch", unit="batch", leave=False):
                 part = slice(start, min(start + size, count))
                 chosen = torch.arange(part.start, part.stop) // config.watch.seeds
                 seeds = range(SEED + part.start, SEED + part.stop)
                 latents, images = sample(model, self.embeddings[chosen], seeds, sigmas)
-                found = self._scores(trainer.rewards, images, [self.prompts[index] for index in chosen.tolist()])
+                found = self._scores(trained, images, [self.prompts[index] for index in chosen.tolist()])
                 found |= {name: statistic(images) for name, statistic in OF_IMAGES.items()}
                 if self.base_latents is None:
                     # Copied, or each batch would keep its whole rollout.

@@ -1,0 +1,202 @@
+"""What each command does with its arguments. Imports wait until one needs them: PyTorch takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leapalign.inputs.validation import UserError
+
+if TYPE_CHECKING:
+    from leapalign.config import Config
+    from leapalign.runs.run import Run
+
+PROMPT_CACHE = "runs/prompt_cache"
+DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+
+
+def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.config import load_config
+    from leapalign.reports.pages import text_table
+    from leapalign.runs.opening import opened_run, unused_folder
+    from leapalign.tiny.demo import run_demo, summary
+    from leapalign.tiny.demo_report import HEADER, figures, write_report
+
+    started = time.perf_counter()
+    config = load_config(DEMO_CONFIG, overrides)
+    config = dataclasses.replace(config, output=str(unused_folder(Path(config.output))))
+    with opened_run(config, resume=False) as run:
+        comparison = run_demo(run.trainer, lambda: _train(run))
+    if comparison is None:
+        return
+    folder = Path(config.output)
+    page = write_report(comparison, folder)
+    result = {
+        **summary(comparison),
+        "iterations": config.train.iterations,
+        "seconds": time.perf_counter() - started,
+        "run": str(folder),
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{text_table(HEADER, figures(comparison))}\n\n{page}  ({result['seconds']:.0f} s)")
+    if arguments.json:
+        print(json.dumps(result))
+
+
+def train_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.runs.opening import opened_run
+    from leapalign.runs.run_folder import read_metrics
+
+    config = _config(arguments.config, arguments.resume, overrides)
+    if arguments.resume:
+        config = dataclasses.replace(config, output=str(arguments.resume))
+    with opened_run(config, resume=bool(arguments.resume)) as run:
+        _train(run)
+        stop = run.watch.stop if run.watch else None
+    if arguments.json:
+        end = {"run": config.output, "stopped_by": stop.rule.text if stop else None}
+        print(json.dumps({**read_metrics(Path(config.output))[-1], **end}))
+
+
+def _train(run: Run) -> float:
+    """Trains to the end, or until SIGTERM or Ctrl-C, and says so; returns the seconds spent in iterations."""
+    from leapalign.runs.stopping import stop_requests
+
+    with stop_requests() as stopping:
+        seconds = run.train(stopping)
+    trainer = run.trainer
+    stop, resume = run.watch.stop if run.watch else None, f"leapalign train --resume {trainer.config.output}"
+    if stop or trainer.iteration < trainer.config.train.iterations:
+        remedy = f", as {stop}; change this rule to continue with" if stop else "; continue with"
+        print(f"stopped after iteration {trainer.iteration}{remedy} {resume}", file=sys.stderr)
+    return seconds
+
+
+def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config:
+    """The config file given, else that of the run folder."""
+    from leapalign.config import load_config
+
+    if path is None:
+        if run is None:
+            raise UserError("name a config with --config, such as configs/tiny.yaml")
+        path = run / "config.yaml"
+        if not path.exists():
+            raise UserError(f"'{run}' is not a run folder: it has no config.yaml; check the path")
+    return load_config(path, overrides)
+
+
+def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.evaluation.generate import image_batches, sampling_model
+    from leapalign.evaluation.image_folder import save_images
+    from leapalign.prompts.embeddings import embeddings_of
+    from leapalign.prompts.geneval import prepare_folders, read_metadata
+
+    config, file, prompts = _config_and_prompts(arguments, overrides, arguments.prompt)
+    weights = _run_weights(arguments)
+    model = sampling_model(config, weights)
+    embeddings = embeddings_of(config, prompts)
+    seeds = range(arguments.seed, arguments.seed + len(prompts))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    files = prepare_folders(arguments.output, [] if arguments.prompt else read_metadata(file))
+    files = files or [arguments.output / f"{number:05d}.png" for number in range(len(prompts))]
+    batches = image_batches(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
+    save_images(batches, prompts, files, arguments.output)
+    print(f"{len(prompts)} images in {arguments.output}")
+
+
+def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.evaluation.evaluate import BASE, RUN, evaluate, evaluation_rewards, figures, summary
+    from leapalign.evaluation.page import EvaluationPage
+    from leapalign.prompts.embeddings import embeddings_of
+    from leapalign.reports.pages import text_table
+
+    page = EvaluationPage(arguments.page) if arguments.page else None
+    config, _, prompts = _config_and_prompts(arguments, overrides, [])
+    weights = _run_weights(arguments)
+    arms = {BASE: None, RUN: weights} if weights else {BASE: None}
+    rewards, embeddings = evaluation_rewards(config), embeddings_of(config, prompts)
+    scores = evaluate(config, arms, rewards, prompts, embeddings, arguments.seed, page.keep if page else None)
+    found = summary(scores)
+    print(text_table(*figures(found)))
+    if page:
+        print(page.write(prompts, scores))
+    if arguments.json:
+        intervals = {name: {arm: one.to_json() for arm, one in of.items()} for name, of in found.items()}
+        print(json.dumps({"images": len(prompts), "rewards": intervals}))
+
+
+def _config_and_prompts(
+    arguments: argparse.Namespace, overrides: list[str], given: list[str]
+) -> tuple[Config, Path, list[str]]:
+    """The config, the prompt file, and the prompts that are asked for: those ``given``, else the file's."""
+    from leapalign.prompts.files import read_prompts
+    from leapalign.storage.embedded import resolve
+
+    config = _config(arguments.config, arguments.run, overrides)
+    file = Path(arguments.prompts or resolve(config.prompts.path))
+    return config, file, given or read_prompts(file)
+
+
+def _run_weights(arguments: argparse.Namespace) -> Path | None:
+    """The weights of the run, where one is named."""
+    from leapalign.runs.checkpoint import run_weights
+
+    return run_weights(arguments.run, arguments.weights) if arguments.run else None
+
+
+def cache_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.config import load_config
+    from leapalign.memory.placement import training_device
+    from leapalign.prompts.filling import fill_cache
+    from leapalign.storage.embedded import resolve
+
+    config = load_config(arguments.config, overrides)
+    path = Path(arguments.prompts or resolve(config.prompts.path))
+    folder = Path(arguments.output or config.prompts.cache or PROMPT_CACHE)
+    result = fill_cache(folder, config.model, path, training_device())
+    print("{encoded} prompts encoded, {reused} reused, in {seconds:.1f} s".format(**result))
+    print(f"{result['bytes'] / 2**20:,.1f} MiB in {folder}; train with prompts.cache={folder}")
+    if arguments.json:
+        print(json.dumps({**result, "cache": str(folder)}))
+
+
+def export_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.export.export import export
+
+    config = _config(None, arguments.run, overrides)
+    written = export(arguments.run, config, arguments.output, arguments.weights, arguments.layout)
+    print(f"{arguments.output}: {written}")
+
+
+def memory_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.config import load_config
+    from leapalign.planning.auto import fastest
+    from leapalign.planning.fit import explanation, parse_size, summary
+    from leapalign.planning.simulate import simulate
+
+    gpu_memory = parse_size(arguments.gpu_memory)
+    config = load_config(arguments.config, overrides)
+    result: dict[str, Any] = {}
+    if arguments.auto:
+        settings, config, found = fastest(config, gpu_memory, lambda line: print(line, file=sys.stderr))
+        result["settings"] = list(settings)
+        print(f"The fastest settings that fit:\n  {' '.join(settings)}\n")
+    else:
+        found = simulate(config)
+    print(explanation(found, gpu_memory, config))
+    if arguments.json:
+        print(json.dumps({**summary(found, gpu_memory, config), **result}))
+
+
+def doctor_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.cli.doctor import diagnose, explanation
+
+    report = diagnose()
+    print(explanation(report))
+    if arguments.json:
+        print(json.dumps(report))

@@ -1,0 +1,57 @@
+"""Configurations as YAML files, and keys overridden as ``section.key=value``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from leapalign.config.sections import Config
+from leapalign.inputs.validation import UserError, brief, shortened, validated
+from leapalign.inputs.yaml_values import LONGEST, yaml_values
+from leapalign.storage.durable import write_text
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file at ``path``. Raises UserError where there is none."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+    except OSError as error:
+        raise UserError(f"cannot read config '{path}': {error.strerror}; check --config") from None
+    except ValueError as error:  # no UTF-8, or a path with a NUL character
+        raise UserError(f"cannot read config '{path}': {brief(error)}; check --config") from None
+    values = yaml_values(text, f"config '{path}'")
+    if not isinstance(values, dict):
+        raise UserError(f"config '{path}' must be a mapping of keys to values, see configs/tiny.yaml")
+    return values
+
+
+def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """``values`` with ``section.key=value`` assignments applied; values are read as YAML."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for assignment in assignments:
+        dotted, separator, text = assignment.partition("=")
+        if not separator or not dotted:
+            raise UserError(f"override '{shortened(assignment)}' must read section.key=value")
+        *sections, key = dotted.split(".")
+        target = result
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise UserError(f"override '{shortened(assignment)}': '{section}' is a value, not a section")
+        target[key] = yaml_values(text, f"override '{shortened(assignment)}'")
+    return result
+
+
+def load_config(path: Path, assignments: Sequence[str] = ()) -> Config:
+    """The validated config in ``path`` with overrides applied. Raises UserError."""
+    return validated(Config, override(read_config(path), assignments), str(path))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes every resolved key as YAML."""
+    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

@@ -1,0 +1,260 @@
+"""Every key of a configuration, section by section, with its type, default and meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from leapalign.inputs.bounds import (
+    Decay,
+    FiniteFloat,
+    Images,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Steps,
+)
+from leapalign.inputs.validation import shortened
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "embedded:base"
+    """Folder in diffusers layout, hub id, or ``embedded:base`` for the tiny model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights, and of the arithmetic in the transformer and the decoder; latents are float32."""
+    guidance: NonNegativeFloat = 3.5
+    """Guidance scale, for models distilled to take it as an input."""
+    true_cfg_scale: NonNegativeFloat = 1.0
+    """Classifier-free guidance, ``v_negative + scale (v_prompt - v_negative)``; 1: off, one velocity a step."""
+    negative_prompt: str = ""
+    true_cfg_batched: bool = True
+    """Both velocities in one forward; false: one after the other, which halves the activations."""
+    compile: bool = False
+    """Compile the transformer's repeated blocks: minutes at first, faster afterwards."""
+    lora_rank: Annotated[int, Field(ge=0, le=2**14)] = 0
+    """Trains adapters of this rank beside frozen weights; 0: all weights are trained."""
+    lora_targets: tuple[str, ...] = ()
+    """How the names of adapted linear layers end; empty: all in the blocks but for modulation."""
+    height: Pixels = 32
+    width: Pixels = 32
+    """Image size in pixels."""
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    path: str = "embedded:training_prompts.txt"
+    """Text file with one prompt a line, JSON lines with a ``prompt`` key, parquet file or dataset folder with a
+    ``prompt`` column."""
+    cache: str | None = None
+    """Folder that ``leapalign cache`` filled: embeddings come from there, and no text encoder is loaded."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    num_steps: Steps = 25
+    """Euler steps from noise to image."""
+    batch_size: Images = 32
+    """Images sampled at once; an iteration of ``train.batch_size`` images runs as several such rollouts."""
+
+
+HOST_OPTIMIZERS = ("adamw_8bit", "adafactor")
+"""Those that take float32 gradients from host memory, whatever the dtype of the weights."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """``adamw``: moments in the dtype of the weights; ``adamw_8bit``: in bytes; ``adafactor``: second moments by
+    row and column, no first ones. The last two round bfloat16 weights stochastically."""
+    learning_rate: PositiveFloat = 1e-5
+    """Of AdamW a weight's largest steady step; of adafactor the largest root mean square of a tensor's."""
+    beta1: Decay = 0.9
+    """Of the first moments, where there are any."""
+    beta2: Decay = 0.999
+    """Of the second moments; adafactor's is ``1 - n^-0.8`` at step n."""
+    weight_decay: NonNegativeFloat = 1e-4
+    max_grad_norm: PositiveFloat = 1.0
+    """Global gradient norm is clipped to this."""
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    warmup_iterations: NonNegativeInt = 0
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the average, which lives in host memory; bfloat16 is rounded stochastically."""
+    decay: Decay = 0.995
+    """At most; warms up as ``n / (9 + n)`` at update n."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    iterations: PositiveInt = 300
+    batch_size: Images = 32
+    """Images per optimizer step."""
+    microbatch: PositiveInt | None = None
+    """Most samples in one forward with gradient; default: a whole rollout."""
+    leaps_per_rollout: Steps = 1
+    """Draws of the method on each rollout, which share its reward gradient; their mean is the gradient."""
+    reward_chunk: PositiveInt | None = None
+    """Most images decoded and rewarded at once with gradient; default: a whole rollout."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    optimizer: Literal["device", "host"] = "device"
+    """Where gradients add up, moments live and the step is taken. On the host, it needs the weights there, too, which
+    the device then copies."""
+    weights: Literal["resident", "streamed"] = "resident"
+    """All weights on the device; or blocks copied from host memory as they are needed (with optimizer: host)."""
+    stream_buffers: Annotated[int, Field(ge=2, le=1000)] = 3
+    """Blocks on the device at a time, for streamed weights."""
+    checkpointing: Literal["none", "blocks", "attention"] = "none"
+    """What the backward pass recomputes instead of keeping: nothing, blocks, or blocks but for their attention."""
+    checkpoint_every: PositiveInt = 1
+    """Of the blocks, every so many-th is recomputed."""
+    checkpoint_decoder: bool = False
+    """Recompute the VAE decoder's blocks, too."""
+    attention: Literal["auto", "native", "flash", "_flash_3", "xformers"] = "auto"
+    """Attention kernel, by diffusers' names; auto: the fastest that works here."""
+
+
+@dataclass(frozen=True)
+class DiagnosticsConfig:
+    true_gradient_every: NonNegativeInt = 0
+    """Iterations between comparisons with exact backpropagation through the whole sampler (as slow as T steps, and
+    two more copies of the gradient); 0: never."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: PositiveInt = 100
+    """Iterations between checkpoints; the last iteration is always saved."""
+    keep: PositiveInt = 3
+    """So many checkpoints stay; older ones but the best are deleted once the new one is on the disk."""
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    every: PositiveInt = 50
+    """Iterations between sample grids (same prompts and seeds every time)."""
+    count: Images = 24
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    rewards: tuple[dict[str, Any], ...] = ()
+    """What ``leapalign evaluate`` scores with, each with its ``name`` and own options; empty: what is trained on."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    every: NonNegativeInt = 0
+    """Iterations between measurements on held-out prompts, see docs/watch.md; 0: never."""
+    prompts: str | None = None
+    """File of the held-out prompts, such as ``prompts.path`` takes."""
+    seeds: Annotated[int, Field(ge=2)] = 2
+    """Images of each held-out prompt."""
+    rewards: tuple[dict[str, Any], ...] = ()
+    """Scored beside what is trained on, each with its ``name`` and own options."""
+    stop_when: tuple[str, ...] = ()
+    """Rules that end the run, such as ``diversity < 0.5 base``, ``held_out_imagereward < base - 0.2`` or
+    ``saturation > 0.2``; ``base`` is the value before training."""
+
+    @property
+    def best_by(self) -> str:
+        """The metric that is highest at the best checkpoint: of a reward not trained on, where there is one."""
+        return f"held_out_{self.rewards[0]['name']}" if self.rewards else "held_out_reward"
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str = "runs/leapalign"
+    """The run folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    threshold: FiniteFloat = 0.55
+    """``lambda`` of the loss: an image whose reward lies above it carries no gradient."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "leapalign"})
+    """``name`` and the method's own options."""
+    reward: dict[str, Any] | list[dict[str, Any]] = field(
+        default_factory=lambda: {"name": "pickscore", "path": "embedded:reward"}
+    )
+    """``name`` and the reward's own options; or several of these, each with a ``weight`` (default 1) and a
+    ``threshold`` (default ``threshold``)."""
+    equal_reward_gradients: bool = False
+    """Of several rewards, scale each one's gradient, image by image, to the norm of the first one's."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.batch_size % min(self.rollout.batch_size, self.train.batch_size):
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} must be a multiple of rollout.batch_size "
+                f"{self.rollout.batch_size}"
+            )
+        self._check_memory()
+        for section, values in (("method", [self.method]), ("reward", self.rewards)):
+            if not values or any("name" not in one for one in values):
+                raise ValueError(f"'{section}.name' is missing; add it")
+        for section, rewards in (("evaluate", self.evaluate.rewards), ("watch", self.watch.rewards)):
+            if any("name" not in reward for reward in rewards):
+                raise ValueError(f"a reward of {section}.rewards has no name; add it, as in [{{name: hpsv2}}]")
+        for named in (self.method, *self.rewards, *self.evaluate.rewards, *self.watch.rewards):
+            if not isinstance(named["name"], str):
+                raise ValueError(f"{shortened(repr(named['name']))} is no name of a method or reward; write a word")
+        self._check_watch()
+
+    @property
+    def rewards(self) -> list[dict[str, Any]]:
+        """The one reward, or all."""
+        return self.reward if isinstance(self.reward, list) else [self.reward]
+
+    def _check_watch(self) -> None:
+        watch = self.watch
+        if watch.stop_when and not watch.every:
+            raise ValueError("watch.stop_when needs measurements; set watch.every")
+        if watch.every and watch.prompts is None:
+            raise ValueError("watch.every needs held-out prompts; set watch.prompts to a file of them")
+        if watch.every and self.checkpoint.every % watch.every:
+            raise ValueError(
+                f"checkpoint.every {self.checkpoint.every} must be a multiple of watch.every {watch.every}, so that "
+                "each checkpoint is measured; change one of them"
+            )
+
+    def _check_memory(self) -> None:
+        memory = self.memory
+        if memory.optimizer == "host" and self.optimizer.name not in HOST_OPTIMIZERS:
+            raise ValueError(
+                f"memory.optimizer host needs optimizer.name {' or '.join(HOST_OPTIMIZERS)}; set one of them"
+            )
+        if memory.optimizer == "host" and self.diagnostics.true_gradient_every:
+            raise ValueError(
+                "diagnostics.true_gradient_every needs gradients on the device; set it to 0, or memory.optimizer to "
+                "device"
+            )
+        if memory.optimizer == "host" and self.model.lora_rank:
+            raise ValueError("adapters are small enough for the device; set memory.optimizer to device")
+        if memory.weights == "streamed" and memory.optimizer == "device" and not self.model.lora_rank:
+            raise ValueError("memory.weights streamed needs memory.optimizer host, where the weights live; set it")
+        if memory.weights == "streamed" and self.model.compile:
+            raise ValueError("compiled blocks cannot be streamed; set model.compile to false")
+        if memory.weights == "streamed" and (memory.checkpointing != "blocks" or memory.checkpoint_every != 1):
+            raise ValueError(
+                "memory.weights streamed needs every block recomputed, as a whole; set memory.checkpointing to blocks "
+                "and memory.checkpoint_every to 1"
+            )

@@ -1,0 +1,1 @@
+"""Images from a model, and a run's images scored beside its base's."""

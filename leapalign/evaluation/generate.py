@@ -1,0 +1,64 @@
+"""Images from a model without gradients: one prompt and one seed each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from leapalign.config import Config
+from leapalign.inputs.validation import UserError, brief
+from leapalign.memory.placement import place_for_sampling, training_device
+from leapalign.models import load_model
+from leapalign.models.protocol import FlowModel
+from leapalign.models.velocity import prompted_velocity
+from leapalign.models.weights import load_weights
+from leapalign.rollout import sample_rollout
+
+
+def sampling_model(config: Config, weights: Path | None) -> FlowModel:
+    """The model that ``config`` names, ready to make images: the base, or with a checkpoint's ``weights``.
+
+    Raises UserError for weights of another model.
+    """
+    model = load_model(config.model)
+    if weights is not None:
+        try:
+            load_weights(model.transformer, weights)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"'{weights}' does not fit '{config.model.path}' ({brief(error)}); check model") from None
+    place_for_sampling(model, config.memory, training_device())
+    return model
+
+
+def generate(
+    model: FlowModel,
+    embeddings: Any,
+    seeds: Sequence[int],
+    num_steps: int,
+    batch_size: int = 32,
+) -> Tensor:
+    """Images ``(len(seeds), 3, H, W)`` in [0, 1]; image i comes from ``embeddings[i]`` and ``seeds[i]``."""
+    return torch.cat(list(image_batches(model, embeddings, seeds, num_steps, batch_size)))
+
+
+@torch.no_grad()
+def image_batches(
+    model: FlowModel, embeddings: Any, seeds: Sequence[int], num_steps: int, batch_size: int
+) -> Iterator[Tensor]:
+    """The images of `generate`, ``batch_size`` at a time, on the CPU."""
+    sigmas = model.sigmas(num_steps)
+    for start in range(0, len(seeds), batch_size):
+        part = slice(start, start + batch_size)
+        yield sample(model, embeddings[part], seeds[part], sigmas)[1].cpu()
+
+
+@torch.no_grad()
+def sample(model: FlowModel, embeddings: Any, seeds: Sequence[int], sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents ``(B, ...)`` and images ``(B, 3, H, W)`` in [0, 1] of one batch, where the model computes."""
+    rollout = sample_rollout(prompted_velocity(model, embeddings), model.draw_noise(seeds), sigmas)
+    return rollout.latents[-1], model.decode(rollout.latents[-1]).clamp(0, 1)

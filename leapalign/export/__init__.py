@@ -1,0 +1,1 @@
+"""A run's weights as other software reads them."""

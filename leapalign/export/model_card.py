@@ -1,0 +1,95 @@
+"""``README.md`` of exported weights: what they are, what they were trained on, and the licence they inherit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from leapalign.config import Config
+
+FILE = "README.md"
+_WEIGHTS = {
+    "average": "running average (EMA)",
+    "last": "of the last iteration",
+    "best": "running average (EMA), where the held-out reward was highest",
+}
+_LICENCE_FIELDS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a card tells of."""
+
+    config: Config
+    base: str
+    """Folder or hub id of the base model."""
+    iterations: int
+    weights: str
+    """One of `leapalign.runs.checkpoint.WEIGHTS`."""
+    layout: str
+    adapter: bool
+
+
+def model_card(export: Export) -> str:
+    """Markdown with a YAML front matter, as model hubs read it. No folder of this machine is named."""
+    licence = licence_of(export.base)
+    settings = ModelCardData(
+        base_model=base_name(export),
+        pipeline_tag="text-to-image",
+        library_name="diffusers" if export.layout == "diffusers" else None,
+        tags=["leapalign", *(["lora"] if export.adapter else [])],
+        **licence,
+    )
+    said = (
+        "The licence is the base model's, as its card states it."
+        if licence
+        else f"The licence of `{base_name(export)}` applies to these weights, but could not be read: state it above "
+        "before you pass them on."
+    )
+    return f"---\n{settings.to_yaml()}\n---\n\n{_trained(export)}\n\n{said}\n"
+
+
+def base_name(export: Export) -> str:
+    """The hub id, or the name of the folder."""
+    path = Path(export.config.model.path)
+    return path.resolve().name if path.is_dir() or path.is_absolute() else export.config.model.path
+
+
+def licence_of(base: str) -> dict[str, Any]:
+    """The licence fields in the front matter of the model card of the folder ``base``; none where it states none."""
+    try:
+        stated = metadata_load(Path(base) / FILE) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {name: stated[name] for name in _LICENCE_FIELDS if name in stated} if "license" in stated else {}
+
+
+def _trained(export: Export) -> str:
+    config = export.config
+    what = (
+        f"Adapters of rank {config.model.lora_rank} beside" if export.adapter else "All weights of the transformer of"
+    )
+    method, options = config.method["name"], _listed({k: v for k, v in config.method.items() if k != "name"})
+    rows = {
+        "method": f"{method}{f' ({options})' if options else ''}",
+        "reward": ", ".join(str(reward["name"]) for reward in config.rewards),
+        "iterations": f"{export.iterations} of {config.train.batch_size} images",
+        "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
+        "sampling": f"{config.rollout.num_steps} steps, {config.model.width} x {config.model.height} pixels",
+        "weights": _WEIGHTS[export.weights],
+        "layout": export.layout,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        f"# {base_name(export)}, aligned with {rows['reward']}\n\n{what} `{base_name(export)}`, trained with leapalign "
+        f"on a differentiable reward.\n\n| | |\n| --- | --- |\n{table}"
+    )
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())

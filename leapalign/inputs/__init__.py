@@ -1,0 +1,1 @@
+"""What comes from outside, checked, and what a user is told of it."""

@@ -1,0 +1,41 @@
+"""What is trained of a transformer, all weights or an adapter, as files that diffusers reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from leapalign.models.lora import FILE as ADAPTER_FILE
+from leapalign.models.lora import has_adapter, read_adapter, save_adapter
+
+
+def save_weights(transformer: Any, folder: Path) -> None:
+    """What is trained, as diffusers reads it: the transformer, or its adapter."""
+    if has_adapter(transformer):
+        save_adapter(transformer, folder)
+    else:
+        transformer.save_pretrained(folder)
+
+
+def load_weights(transformer: Any, folder: Path) -> None:
+    """Sets what is trained to what `save_weights` wrote. Raises RuntimeError for weights of another model."""
+    values = read_weights(folder)
+    missing, unexpected = transformer.load_state_dict(values, strict=not has_adapter(transformer))
+    lost = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad} & set(missing)
+    if lost or unexpected:
+        raise RuntimeError(
+            f"its adapter has {sorted([*unexpected, *lost])[0]}, the model has not, or the other way round"
+        )
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in ``folder``, by the names of the transformer's parameters."""
+    if (folder / ADAPTER_FILE).exists():
+        return read_adapter(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no safetensors in {folder}")
+    return {name: value for file in files for name, value in load_file(file).items()}

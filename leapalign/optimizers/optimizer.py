@@ -1,0 +1,181 @@
+"""The optimizer step: exact global-norm clipping, an update rule, learning-rate schedule, weight average."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from leapalign.config import EmaConfig, OptimizerConfig
+from leapalign.inputs.validation import UserError
+from leapalign.memory.host_gradients import HostGradients
+from leapalign.memory.host_weights import HostWeights
+from leapalign.memory.residency import host_memory, made_for
+from leapalign.optimizers import get_optimizer
+from leapalign.optimizers.weight_average import WeightAverage
+from leapalign.streams import AVERAGE_STREAM, ROUNDING_STREAM, seed_of
+
+_METER_ELEMENTS = 4096
+"""Of each parameter, so many weights are watched for movement."""
+
+
+class Optimizer:
+    """Moves the trainable weights once per iteration and keeps their average.
+
+    Raises UserError for bfloat16 weights that the chosen optimizer would round to nearest.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        config: OptimizerConfig,
+        ema: EmaConfig,
+        iterations: int,
+        seed: int,
+        weights: HostWeights | None = None,
+    ) -> None:
+        """``weights``: where they have their masters in host memory, and so have gradients and moments."""
+        self._parameters = parameters
+        self._weights = weights
+        self.offending: int | None = None
+        self._gradients = HostGradients(parameters, weights.device) if weights else None
+        self._name, self._max_grad_norm = config.name, config.max_grad_norm
+        # Moments are made at once: a run that does not fit fails before its first iteration.
+        with self.changing_weights():
+            self.rule = get_optimizer(parameters, config, seed_of(seed, ROUNDING_STREAM, 0))
+            self.average = WeightAverage(parameters, ema, seed_of(seed, AVERAGE_STREAM, 0))
+        self.schedule = get_scheduler(
+            config.schedule, self.rule, num_warmup_steps=config.warmup_iterations, num_training_steps=iterations
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def step(self, hold: bool = False) -> dict[str, float]:
+        """Clips, steps and clears gradients; ``hold``: moves nothing, as there was nothing to learn from.
+
+        Returns ``grad_norm``, the global norm before clipping, and ``moved``, the share of weights that changed,
+        of the first `_METER_ELEMENTS` of each parameter. Where the norm is not finite nothing moves, either, and
+        ``offending`` is the number of the first parameter to blame. ``skipped`` is 1 where nothing moved.
+        """
+        if self._gradients is not None:
+            self._gradients.wait()
+        with self.changing_weights():
+            gradients = [self._gradient_of(parameter) for parameter in self._parameters]
+            present = [gradient for gradient in gradients if gradient is not None]
+            norm = float(torch.nn.utils.get_total_norm(present))
+            skipped = hold or not math.isfinite(norm)
+            moved = 0.0 if skipped else self._move(gradients, norm)
+            self.offending = None if math.isfinite(norm) else self._first_not_finite(gradients)
+        self.schedule.step()
+        self.rule.zero_grad(set_to_none=True)
+        if self._gradients is not None:
+            self._gradients.clear()
+        return {"grad_norm": norm, "moved": moved, "skipped": float(skipped)}
+
+    def bad_weight(self) -> int | None:
+        """The number of the first parameter that is not finite; None where all are."""
+        with self.changing_weights():
+            if math.isfinite(float(torch.nn.utils.get_total_norm(self._parameters))):
+                return None
+            return self._first_not_finite(self._parameters)
+
+    def _move(self, gradients: list[Tensor | None], norm: float) -> float:
+        """Steps weights and average; returns the share of watched weights that changed."""
+        self.rule.gradient_scale = min(1.0, self._max_grad_norm / (norm + 1e-6))
+        before = [_watched(parameter).clone() for parameter in self._parameters]
+        self.rule.gradients = gradients
+        self.rule.step()
+        changed = [(_watched(p) != old).float() for p, old in zip(self._parameters, before, strict=True)]
+        self.average.update()
+        return float(torch.cat(changed).mean())
+
+    def _first_not_finite(self, tensors: Sequence[Tensor | None]) -> int | None:
+        """None where each tensor is finite, and only the sum of their squares is not."""
+        for number, tensor in enumerate(tensors):
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                return number
+        return None
+
+    @property
+    def gradient_sink(self) -> Callable[[Tensor, Tensor], None] | None:
+        """What takes gradients over as they complete; None: they add up in ``.grad``."""
+        return self._gradients.add if self._gradients is not None else None
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the block the model holds the weight average."""
+        with self.changing_weights():
+            own = self.average.swap_in()
+        try:
+            yield
+        finally:
+            with self.changing_weights():
+                self.average.swap_out(own)
+
+    @contextlib.contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """Weights may be changed within the block, and only there."""
+        if self._weights is None:
+            with made_for("optimizer"):
+                yield
+        else:
+            with self._weights.changing(), host_memory("optimizer"):
+                yield
+
+    def _gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
+        return self._gradients[parameter] if self._gradients is not None else parameter.grad
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors ``PARAMETER.KEY``, parameters numbered in order."""
+        named = {
+            f"{index}.{key}": value
+            for index, parameter in enumerate(self._parameters)
+            for key, value in self.rule.state[parameter].items()
+        }
+        # An average in the dtype of the weights is saved as a model, and nowhere else.
+        for index, (average, parameter) in enumerate(zip(self.average.tensors, self._parameters, strict=True)):
+            if average.dtype != parameter.dtype:
+                named[f"{index}.average"] = average
+        return named
+
+    def scalars(self) -> dict[str, Any]:
+        """The rest of the state, fit for JSON."""
+        return {
+            "name": self._name,
+            "schedule": self.schedule.state_dict(),
+            "average_updates": self.average.updates,
+        }
+
+    def load(self, tensors: dict[str, Tensor], scalars: dict[str, Any], average: list[Tensor]) -> None:
+        """Restores `tensors`, `scalars` and the weight average, of which ``average`` holds what `tensors` does not.
+
+        Raises UserError where they are another optimizer's.
+        """
+        if scalars["name"] != self._name:
+            raise UserError(
+                f"a run begun with optimizer.name {scalars['name']} cannot go on with {self._name}; set it back, or "
+                "choose another output"
+            )
+        for number, value in enumerate(average):
+            self.average.tensors[number].copy_(tensors.pop(f"{number}.average", value))
+        self.average.updates = scalars["average_updates"]
+        with self.changing_weights():
+            for name, value in tensors.items():
+                index, key = name.split(".", 1)
+                parameter = self._parameters[int(index)]
+                # The count of steps stays on the CPU, as PyTorch has it.
+                self.rule.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        self.schedule.load_state_dict(scalars["schedule"])
+        for group, rate in zip(self.rule.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+
+def _watched(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().flatten()[:_METER_ELEMENTS]

@@ -1,0 +1,83 @@
+"""Exponential moving average of the trainable weights, held in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from leap_kernels import ema_update_, stochastic_round_
+from torch import Tensor, nn
+
+from leapalign.config import EmaConfig
+from leapalign.memory.residency import host_memory
+from leapalign.memory.transfer import ToHost
+from leapalign.storage.faults import point
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class WeightAverage:
+    """``average <- d average + (1 - d) weights`` with ``d = min(decay, n / (9 + n))`` at update n, 0 at the first.
+
+    A bfloat16 average is rounded stochastically: near its goal, rounding to nearest would leave it where it is.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: EmaConfig, seed: int) -> None:
+        self._parameters = parameters
+        self._decay = config.decay
+        self._seed = seed
+        self.updates = 0
+        with host_memory("average"):
+            self.tensors: list[Tensor] = [
+                parameter.detach().to("cpu", _DTYPES[config.dtype], copy=True) for parameter in parameters
+            ]
+            # Weights in host memory are beside their average.
+            device = parameters[0].device
+            self._to_host = None if device.type == "cpu" else ToHost(device, parameters)
+
+    def update(self) -> None:
+        """Moves the average towards the weights."""
+        self.updates += 1
+        decay = min(self._decay, self.updates / (9 + self.updates)) if self.updates > 1 else 0.0
+        # Every update draws from positions of its own.
+        position = (self.updates - 1) * sum(average.numel() for average in self.tensors)
+        for average, parameter in zip(self.tensors, self._parameters, strict=True):
+            move = partial(self._move, average, decay, position)
+            if self._to_host is None:
+                move(parameter.detach())
+            else:
+                self._to_host.send(parameter.detach(), move)
+            position += average.numel()
+            point("average")
+        if self._to_host is not None:
+            self._to_host.wait()
+
+    @torch.no_grad()
+    def _move(self, average: Tensor, decay: float, position: int, weights: Tensor) -> None:
+        with host_memory("average"):
+            if average.dtype == torch.float32:
+                ema_update_(average, weights, decay)
+            else:
+                stochastic_round_(average, ema_update_(average.float(), weights, decay), self._seed, position)
+
+    def copy_to(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sets ``parameters`` to the average, rounded to their dtype."""
+        _set(parameters, self.tensors)
+
+    def swap_in(self) -> list[Tensor]:
+        """Sets the weights to the average, and returns what they were, in host memory."""
+        with host_memory("average"):
+            own = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
+        self.copy_to(self._parameters)
+        return own
+
+    def swap_out(self, own: Sequence[Tensor]) -> None:
+        """Sets the weights back to what `swap_in` returned."""
+        _set(self._parameters, own)
+
+
+@torch.no_grad()
+def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

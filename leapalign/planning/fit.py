@@ -1,0 +1,102 @@
+"""Whether a configuration fits a GPU, in words and as JSON, and which setting to change where it does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from leapalign.config import Config
+from leapalign.inputs.validation import UserError
+from leapalign.memory.residency import Role, Stage
+from leapalign.planning.simulate import GPUS, Simulation, gib, step_seconds
+from leapalign.reports.pages import text_table
+
+_WAYS = ("to_device", "to_host")
+_UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "80GiB" or "24 GB". Raises UserError for anything else."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]+)\s*", text)
+    if not found or found[2].upper() not in _UNITS or found[1].count(".") > 1:
+        raise UserError(f"'{text}' is no amount of memory; write 80GiB or 24GB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def summary(found: Simulation, gpu_memory: int, config: Config) -> dict[str, Any]:
+    """What `leapalign memory --json` prints."""
+    return {
+        "device_peak_bytes": found.device_peak,
+        "host_peak_bytes": found.host_peak,
+        "trainable_parameters": found.trainable_parameters,
+        "stages": {
+            name: {"device_peak_bytes": peak.total, "by_role": dict(peak.by_role)}
+            for name, peak in found.device.items()
+        },
+        "pcie_bytes": {way: int(sum(size for (_, w), size in found.traffic.items() if w == way)) for way in _WAYS},
+        "flops": {name: int(count) for name, count in found.flops.items()},
+        "seconds_computed_not_measured": {gpu: step_seconds(found, gpu) for gpu in GPUS},
+        "gpu_memory_bytes": gpu_memory,
+        "fits": found.device_peak <= gpu_memory,
+        "advice": advice(found, gpu_memory, config),
+    }
+
+
+def advice(found: Simulation, gpu_memory: int, config: Config) -> str | None:
+    """The setting to change first, None where the configuration fits."""
+    if found.device_peak <= gpu_memory:
+        return None
+    name, peak = max(found.device.items(), key=lambda e: e[1].total)
+    return change(name, peak.by_role, config)
+
+
+def change(name: Stage, by_role: Mapping[Role, int], config: Config) -> str:
+    """The setting to change where the memory ran out in stage ``name``, with ``by_role`` alive; cheapest in speed."""
+    memory = config.memory
+    role = max(by_role, key=lambda r: by_role[r])
+    if name == "reward" and by_role.get("reward", 0) > by_role.get("activations", 0):
+        if config.train.reward_chunk != 1:
+            return "set train.reward_chunk to 1: the reward stage is the largest"
+        if not memory.checkpoint_decoder:
+            return "set memory.checkpoint_decoder to true: the reward stage is the largest"
+    if memory.checkpointing == "none":
+        return "set memory.checkpointing to blocks: activations are kept whole"
+    if name == "surrogate" and config.train.microbatch != 1:
+        return "set train.microbatch to 1: the surrogate's activations are at the peak"
+    if memory.optimizer == "device":
+        return f"set memory.optimizer to host: {role} are the largest part, and gradients and moments can leave"
+    if memory.weights == "resident":
+        return "set memory.weights to streamed: the weights are the largest part"
+    return "reduce rollout.batch_size, or the size of the images"
+
+
+def explanation(found: Simulation, gpu_memory: int, config: Config) -> str:
+    """The same for a reader."""
+    rows = []
+    for name, peak in found.device.items():
+        parts = ", ".join(f"{role} {gib(size)}" for role, size in sorted(peak.by_role.items(), key=lambda e: -e[1]))
+        rows.append((name, f"{gib(peak.total)}", parts))
+    fits = "fits" if found.device_peak <= gpu_memory else "does not fit"
+    lines = [
+        f"{found.trainable_parameters:,} trainable parameters; device peak {gib(found.device_peak)} GiB {fits} "
+        f"{gib(gpu_memory)} GiB; host peak {gib(found.host_peak)} GiB",
+        "",
+        text_table(("stage", "GiB", "of which, at that moment"), rows),
+        "",
+        "Seconds an iteration, computed from FLOPs and bytes at a GPU's full rates, not measured:",
+        "",
+        text_table(("GPU", "stage", "compute", "transfer", "transfer / compute"), _seconds(found)),
+    ]
+    change = advice(found, gpu_memory, config)
+    return "\n".join([*lines, *(["", f"To fit: {change}."] if change else [])])
+
+
+def _seconds(found: Simulation) -> list[list[str]]:
+    rows = []
+    for gpu in GPUS:
+        for name, seconds in step_seconds(found, gpu).items():
+            compute, transfer = seconds["compute"], seconds["transfer"]
+            ratio = f"{transfer / compute:.2f}" if compute and transfer else ""
+            rows.append([gpu, name, f"{compute:.1f}", f"{transfer:.1f}", ratio])
+    return rows

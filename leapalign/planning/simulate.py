@@ -1,0 +1,179 @@
+"""What a configuration needs, found by running it: the real training iteration on tensors without memory.
+
+The model's real classes are built from their configs on fake tensors, and the trainer runs an iteration of two
+rollouts: the second finds the first one's gradients. The ledger counts every storage on the way. Nothing is computed,
+so that peaks of the largest models are known in a minute or two on any machine; what a GPU's allocator and libraries
+take beyond tensors is not in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from leapalign.config import Config
+from leapalign.memory.repetition import run_by
+from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for
+from leapalign.models.velocity import GuidedEmbeddings
+from leapalign.planning.ledger import Peak, StorageLedger
+from leapalign.planning.model_skeleton import Skeleton, skeleton, skeleton_trainer
+from leapalign.trainer import Trainer
+
+STAGES: tuple[Stage, ...] = ("rollout", "reward", "surrogate", "optimizer")
+
+GPUS = {"RTX 4090": (150e12, 25e9), "H100": (989e12, 50e9)}
+"""Dense bfloat16 FLOP/s and bytes/s each way between host and device, to compute times with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulation:
+    """An iteration's needs. Stages: ``rollout``, ``reward``, ``surrogate``, ``optimizer``.
+
+    device, host: the peak of each stage. flops, traffic: of the simulated rollout, times the configuration's number
+    of them.
+    """
+
+    device: dict[Stage, Peak]
+    host: dict[Stage, Peak]
+    trainable_parameters: int
+    flops: dict[Stage, float]
+    traffic: dict[tuple[Stage, str], float]
+
+    @property
+    def device_peak(self) -> int:
+        return max(peak.total for peak in self.device.values())
+
+    @property
+    def host_peak(self) -> int:
+        return max((peak.total for peak in self.host.values()), default=0)
+
+
+_COUNTED_AS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+"""Operations that PyTorch has no count of FLOPs for, and those that compute the same."""
+
+
+class _Spectator(TorchDispatchMode):
+    """Counts FLOPs by stage, and lets code that asks a fake tensor for its value go on with 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[Stage] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0 if args[0].is_floating_point() else 1
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        count = flop_registry.get(_COUNTED_AS.get(packet, packet))
+        if count is not None:
+            self.flops[STAGE.get()] += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class _Replay:
+    """Runs each function once on tensors of given shapes, and from then on only repeats what it returned and cost."""
+
+    def __init__(self, mode: FakeTensorMode, ledger: StorageLedger, flops: Counter[Stage]) -> None:
+        self._mode, self._ledger, self._flops = mode, ledger, flops
+        self._seen: dict[Any, tuple[Any, dict[Role, int], Counter[Any], Counter[Any]]] = {}
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        shapes = tuple(argument.shape for argument in arguments if isinstance(argument, Tensor))
+        key = (function, shapes, options.get("needs_input"))
+        if key in self._seen:
+            made, more, flops, traffic = self._seen[key]
+            self._flops.update(flops)
+            TRAFFIC.update(traffic)
+            self._ledger.reach(more)
+            with self._mode:
+                return tree_map_only(partial, lambda make: make(), made)
+        flops, traffic = self._flops.copy(), TRAFFIC.copy()
+        result, more = self._ledger.peak_of(lambda: function(*arguments, **options))
+        made = tree_map_only(Tensor, lambda t: partial(torch.empty, t.shape, dtype=t.dtype), result)
+        self._seen[key] = (made, more, self._flops - flops, TRAFFIC - traffic)
+        return result
+
+
+def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_one) -> Simulation:
+    """Runs an iteration of ``config`` on fake tensors. Raises UserError where the model's configs cannot be read.
+
+    It has one rollout, and gradients from rollouts before it: all but the first add to what is there.
+
+    iterate: runs it; another's to compare with.
+    """
+    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, attention="native"))
+    ledger, spectator = StorageLedger(), _Spectator()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with ledger, spectator:
+        parts = skeleton(config, mode)
+        _count_parts(ledger, parts)
+        trainer = skeleton_trainer(config, parts, torch.device("cpu"))
+        parameters = [p for p in trainer.model.transformer.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(lambda p: _count_gradient(ledger, p))
+        if trainer.optimizer.gradient_sink is None:
+            with made_for("gradients"):
+                for parameter in parameters:
+                    parameter.grad = torch.empty_like(parameter)
+        before = TRAFFIC.copy()
+        with run_by(_Replay(mode, ledger, spectator.flops)):
+            iterate(trainer)
+    rollouts = config.train.batch_size / min(config.rollout.batch_size, config.train.batch_size)
+    scale = {name: 1.0 if name == "optimizer" else rollouts for name in STAGES}
+    return Simulation(
+        device={name: ledger.device.peaks[name] for name in STAGES if name in ledger.device.peaks},
+        host={name: ledger.host.peaks[name] for name in STAGES if name in ledger.host.peaks},
+        trainable_parameters=sum(parameter.numel() for parameter in parameters),
+        flops={name: scale[name] * spectator.flops[name] for name in STAGES},
+        traffic={(name, way): scale[name] * size for (name, way), size in (TRAFFIC - before).items() if name in scale},
+    )
+
+
+def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        ledger.count(parameter.grad, role="gradients")
+
+
+def _count_parts(ledger: StorageLedger, parts: Skeleton) -> None:
+    transformer, frozen = parts.model.transformer, [parts.model.decoder, *(term.reward for term in parts.rewards)]
+    ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
+    for module in frozen:
+        if isinstance(module, nn.Module):
+            ledger.count(*module.parameters(), *module.buffers(), role="reward")
+    embeddings = parts.embeddings
+    ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())
+
+
+def step_seconds(found: Simulation, gpu: str) -> dict[Stage, dict[str, float]]:
+    """Seconds that each stage would compute, and move bytes, on a GPU used to its full rate: computed, not measured."""
+    rate, bandwidth = GPUS[gpu]
+    return {
+        name: {
+            "compute": found.flops[name] / rate,
+            "transfer": max(found.traffic.get((name, way), 0.0) for way in ("to_device", "to_host")) / bandwidth,
+        }
+        for name in STAGES
+    }
+
+
+def gib(size: float) -> float:
+    """Bytes in GiB, rounded up to a hundredth."""
+    return math.ceil(size / 2**30 * 100) / 100

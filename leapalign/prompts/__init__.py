@@ -1,0 +1,1 @@
+"""Prompts: files of them, the order of a run, and their embeddings on disk."""

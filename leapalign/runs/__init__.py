@@ -1,0 +1,1 @@
+"""A training run on disk: its folder, records, checkpoints, start, end and continuation."""

@@ -1,0 +1,193 @@
+"""Checkpoints: ``step-N/`` with the transformer and its average in diffusers layout, and the optimizer state.
+
+Everything random in a run is a function of seed and iteration, so the iteration number is the RNG state. A checkpoint
+is whole or absent, and outlasts a power cut; what befalls it later is told by its manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from leapalign.config import load_config
+from leapalign.inputs.validation import UserError, brief
+from leapalign.models.lora import has_adapter
+from leapalign.models.weights import load_weights, read_weights, save_weights
+from leapalign.optimizers.optimizer import Optimizer
+from leapalign.storage.durable import make_folder, partial_of, rename, require_space, sync_tree, writing
+from leapalign.storage.faults import point
+from leapalign.storage.manifest import damage, write_manifest
+from leapalign.watch.records import ranked
+
+TRANSFORMER = "transformer"
+AVERAGE = "transformer_ema"
+BEST = "best"
+WEIGHTS = {"average": AVERAGE, "last": TRANSFORMER, BEST: AVERAGE}
+"""What a checkpoint holds, by the names that the command line has for it; the last is of the best, not the latest."""
+_HEADERS = 1 << 20
+"""Bytes of a checkpoint beside its tensors, at most."""
+_log = logging.getLogger("leapalign")
+
+
+def step_folder(run: Path, iteration: int) -> Path:
+    return run / "checkpoints" / f"step-{iteration}"
+
+
+def latest_checkpoint(run: Path, within: str = "") -> Path | None:
+    """The newest checkpoint that is as it was saved; a warning names each that is not, and is passed over.
+
+    within: only files in this folder of the checkpoint are wanted. Returns None where there are no checkpoints; raises
+    UserError where all are damaged.
+    """
+    found = _by_iteration(run)
+    return _first_whole(run, [found[number] for number in sorted(found, reverse=True)], within)
+
+
+def best_checkpoint(run: Path, within: str = "") -> Path | None:
+    """Of those that the watch measured, the checkpoint with the highest held-out reward; else as `latest_checkpoint`.
+
+    By a reward that is not trained on, where the run's config has one in ``watch.rewards``.
+    """
+    found = _by_iteration(run)
+    best_first = ranked(run, load_config(run / "config.yaml").watch.best_by)
+    return _first_whole(run, [found[number] for number in best_first if number in found], within)
+
+
+def _first_whole(run: Path, checkpoints: Sequence[Path], within: str) -> Path | None:
+    for checkpoint in checkpoints:
+        reason = damage(checkpoint, within)
+        if reason is None:
+            return checkpoint
+        _log.warning("checkpoint '%s' is damaged (%s); passing it over for another", checkpoint, reason)
+    if checkpoints:
+        raise UserError(f"all checkpoints of '{run}' are damaged; put one back from a copy, or choose another output")
+    return None
+
+
+def run_weights(run: Path, name: str) -> Path:
+    """The folder of the `WEIGHTS` called ``name``, in the latest checkpoint or the best.
+
+    Raises UserError where there is none.
+    """
+    checkpoint = best_checkpoint(run, AVERAGE) if name == BEST else latest_checkpoint(run, WEIGHTS[name])
+    if checkpoint is None and name == BEST:
+        raise UserError(
+            f"'{run}' holds no checkpoint that was measured; train with watch.every, or use other --weights"
+        )
+    if checkpoint is None:
+        raise UserError(f"'{run}' holds no checkpoint yet; let it train longer, or use --config")
+    return checkpoint / WEIGHTS[name]
+
+
+def save_checkpoint(
+    run: Path, iteration: int, transformer: Any, optimizer: Optimizer, keep: int, best_first: Iterable[int] = ()
+) -> Path:
+    """Writes ``step-<iteration>``; once it is on the disk, all but the newest ``keep`` are deleted.
+
+    The first iteration in ``best_first`` of which there is a checkpoint stays, too. Raises UserError where it cannot be
+    written. Those before it are then as they were.
+    """
+    final = step_folder(run, iteration)
+    partial = partial_of(final)
+    with writing(final):
+        make_folder(final.parent)
+        remove_partial(run)
+        if final.exists():
+            _delete(final)  # A damaged one: the run was resumed before it.
+        require_space(final.parent, _size(transformer, optimizer))
+        try:
+            _write(partial, iteration, transformer, optimizer)
+            rename(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _delete_surplus(run, iteration, keep, best_first)
+    return final
+
+
+def remove_partial(run: Path) -> None:
+    """Deletes what a killed process had not finished to write, or to delete."""
+    for stale in (run / "checkpoints").glob("*.partial"):
+        shutil.rmtree(stale)
+
+
+def _write(folder: Path, iteration: int, transformer: Any, optimizer: Optimizer) -> None:
+    folder.mkdir()
+    save_weights(transformer, folder / TRANSFORMER)
+    point("checkpoint file")
+    with optimizer.averaged_weights():
+        save_weights(transformer, folder / AVERAGE)
+    point("checkpoint file")
+    save_file(optimizer.tensors(), folder / "optimizer.safetensors")
+    point("checkpoint file")
+    state = {"iteration": iteration, "optimizer": optimizer.scalars()}
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    point("checkpoint file")
+    write_manifest(folder)
+    point("checkpoint file")
+    sync_tree(folder)
+
+
+def _size(transformer: Any, optimizer: Optimizer) -> int:
+    """Bytes that a checkpoint takes."""
+    if has_adapter(transformer):
+        saved = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    else:
+        saved = list(transformer.state_dict().values())
+    # The average is saved in the dtype of the weights.
+    tensors = [*saved, *saved, *optimizer.tensors().values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _HEADERS
+
+
+def _delete_surplus(run: Path, newest: int, keep: int, best_first: Iterable[int]) -> None:
+    """Leaves ``keep`` checkpoints up to ``newest`` and the best, none beyond: the run was resumed before them, as
+    damaged."""
+    found = _by_iteration(run)
+    valid = sorted((number for number in found if number <= newest), reverse=True)
+    kept = {*valid[:keep], *[number for number in best_first if number in valid][:1]}
+    for number, path in found.items():
+        if number not in kept:
+            _delete(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    # Renamed first: half of a checkpoint must not pass for one.
+    partial = partial_of(checkpoint)
+    rename(checkpoint, partial)
+    point("delete")
+    shutil.rmtree(partial)
+
+
+def _by_iteration(run: Path) -> dict[int, Path]:
+    found = (run / "checkpoints").glob("step-*")
+    return {int(path.name[5:]): path for path in found if path.name[5:].isdecimal()}
+
+
+def load_checkpoint(folder: Path, transformer: Any, optimizer: Optimizer) -> int:
+    """Restores weights, average and optimizer from ``folder``; returns the iteration.
+
+    Raises UserError where it is of another model or optimizer.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        average = read_weights(folder / AVERAGE)
+        tensors = load_file(folder / "optimizer.safetensors")
+        with optimizer.changing_weights():
+            load_weights(transformer, folder / TRANSFORMER)
+        names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+        optimizer.load(tensors, state["optimizer"], [average[name] for name in names])
+        return int(state["iteration"])
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint '{folder}' cannot be resumed ({brief(error)}); set model and optimizer back to what it was "
+            "saved with, or choose another output"
+        ) from None

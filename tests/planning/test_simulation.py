@@ -1,0 +1,85 @@
+"""A simulated iteration needs what the real one needs, to the byte or nearly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from measured_iterations import measured
+from places import BYTES, PLACES
+from small_runs import config_of
+
+from leapalign import cli
+from leapalign.inputs.validation import UserError
+from leapalign.planning.fit import parse_size
+from leapalign.planning.simulate import STAGES, simulate
+
+FACTORS = "optimizer.name=adafactor"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "place"),
+    [*((BYTES, place) for place in ("plain", *PLACES)), (FACTORS, "plain"), (FACTORS, "host optimizer")],
+)
+def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, optimizer: str, place: str) -> None:
+    asked = (*PLACES.get(place, ()), "train.batch_size=8", "rollout.num_steps=5")
+    config = config_of(parts, tmp_path, optimizer, *asked)
+    real, found = measured(config), simulate(config)
+    for simulated, counted in ((found.device, real.device.peaks), (found.host, real.host.peaks)):
+        for stage in STAGES:
+            expected = counted[stage].total if stage in counted else 0
+            assert (simulated[stage].total if stage in simulated else 0) == pytest.approx(expected, rel=0.005)
+
+
+def test_host_memory_holds_what_leaves_the_device(parts: Path, tmp_path: Path) -> None:
+    plain = simulate(config_of(parts, tmp_path, BYTES))
+    host = simulate(config_of(parts, tmp_path, BYTES, "memory.optimizer=host"))
+    streamed = simulate(config_of(parts, tmp_path, BYTES, *PLACES["streamed through two buffers"]))
+    size = 4 * plain.trainable_parameters
+    weights = {
+        name: found.device["optimizer"].by_role["weights"]
+        for name, found in (("plain", plain), ("host", host), ("streamed", streamed))
+    }
+    assert weights["plain"] == weights["host"] == size
+    assert weights["streamed"] < 0.75 * size
+    assert "gradients" not in host.device["optimizer"].by_role
+    held = host.host["optimizer"].by_role
+    assert held["weights"] == size
+    assert size < held["gradients"] < 1.5 * size, "the sums, and what gradients pass through"
+    assert plain.traffic == {}
+    assert host.traffic["surrogate", "to_host"] > 0
+    assert streamed.traffic["rollout", "to_device"] > host.traffic.get(("rollout", "to_device"), 0)
+
+
+def test_command_says_what_fits_and_what_to_change(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {{path: {parts / 'model'}}}\nreward: {{name: pickscore, path: {parts / 'reward'}}}\n")
+    asked = ["memory", "--config", str(config), "--json", "rollout.num_steps=3", "rollout.batch_size=4"]
+    assert cli.main([*asked, "--gpu-memory", "2GiB"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["fits"] is True
+    assert found["advice"] is None
+    assert set(found["stages"]) == set(STAGES)
+    for stage in found["stages"].values():
+        assert sum(stage["by_role"].values()) == stage["device_peak_bytes"]
+    assert max(stage["device_peak_bytes"] for stage in found["stages"].values()) == found["device_peak_bytes"]
+    assert found["flops"]["surrogate"] > found["flops"]["optimizer"]
+    assert cli.main([*asked, "--gpu-memory", "1MB"]) == 0
+    printed = capsys.readouterr().out
+    assert "does not fit" in printed
+    assert "To fit: set memory.checkpointing to blocks" in printed
+    assert cli.main([*asked, "--gpu-memory", "much"]) == 2
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("24 GB", 24 * 10**9), ("1.5gib", 3 * 2**29)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "80", "GiB", "-1GB", "1.2.3GB", "8TB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UserError, match="write 80GiB"):
+        parse_size(text)

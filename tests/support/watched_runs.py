@@ -1,0 +1,23 @@
+"""Runs that the watch measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from small_runs import config_of
+
+from leapalign.config import Config
+
+HELD_OUT = ["a green circle", "three crosses", "a blue square and a circle"]
+METRICS = ("held_out_reward", "saturation", "sharpness", "edge_density", "diversity", "drift")
+
+
+def watched(parts: Path, output: Path, *assignments: str) -> Config:
+    """A run of four iterations, measured after every other one."""
+    file = parts / "held_out.txt"
+    file.write_text("\n".join(HELD_OUT))
+    return config_of(parts, output, "watch.every=2", f"watch.prompts={file}", *assignments)
+
+
+def other_reward(parts: Path) -> str:
+    return f"watch.rewards=[{{name: clipscore, path: {parts / 'reward'}}}]"

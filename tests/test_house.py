@@ -1,0 +1,52 @@
+"""The house is as it says: imports run one way, rooms have a sentence, files are short, and the README has the map."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parents[1]
+ROOMS = sorted(path.parent for path in (ROOT / "leapalign").glob("*/__init__.py"))
+SOURCES = sorted(
+    path
+    for folder in ("leapalign", "kernels", "benchmarks", "tests")
+    for pattern in ("*.py", "*.cpp", "*.h")
+    for path in (ROOT / folder).rglob(pattern)
+)
+LONGEST = 300
+
+
+def test_imports_run_one_way_and_no_room_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the contracts in pyproject.toml."""
+    code = lint_imports(str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True)
+    assert code == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_every_room_says_what_it_is(room: Path) -> None:
+    said = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+    assert said
+    assert said.partition("\n")[0].endswith((".", "``."))
+
+
+def test_the_map_in_the_readme_is_the_tree() -> None:
+    """Every folder and file of the top floor stands there once, and nothing else does."""
+    (block,) = re.findall(r"## Where things are\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    named = re.findall(r"^ *(leapalign/)?([a-z_]+(?:/|\.py))(?= )", block, flags=re.M)
+    floor = {path.name for path in (ROOT / "leapalign").glob("*.py")} - {"__init__.py"}
+    rooms = {f"{room.name}/" for room in ROOMS} | {"configs/"}
+    assert sorted(name for prefix, name in named if prefix) == sorted(floor | rooms)
+
+
+def test_tests_stand_in_rooms_of_the_same_names() -> None:
+    rooms = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert rooms <= {*(room.name for room in ROOMS), "kernels", "docs", "benchmarks"}
