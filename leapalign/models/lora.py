@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from leapalign.config import ModelConfig
 from leapalign.inputs.validation import UserError
+from leapalign.storage.modes import save_file
 from leapalign.streams import ADAPTER_STREAM, seed_of
 
 ADAPTER = "default"

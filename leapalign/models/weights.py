@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from leapalign.models.lora import FILE as ADAPTER_FILE
 from leapalign.models.lora import has_adapter, read_adapter, save_adapter
+from leapalign.storage.modes import save_pretrained
 
 
 def save_weights(transformer: Any, folder: Path) -> None:
@@ -17,7 +18,7 @@ def save_weights(transformer: Any, folder: Path) -> None:
     if has_adapter(transformer):
         save_adapter(transformer, folder)
     else:
-        transformer.save_pretrained(folder)
+        save_pretrained(transformer, folder)
 
 
 def load_weights(transformer: Any, folder: Path) -> None:

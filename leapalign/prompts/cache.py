@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from leapalign.config import ModelConfig
 from leapalign.inputs.validation import UserError, brief, validated
@@ -29,6 +28,7 @@ from leapalign.models.folder import read_index
 from leapalign.models.text_encoders import fingerprint
 from leapalign.storage.embedded import resolve
 from leapalign.storage.folder_lock import LOCK, OWNER, run_lock
+from leapalign.storage.modes import save_file
 
 MANIFEST, SHARDS, UNFINISHED = "manifest.json", "shards", "unfinished"
 HASHES, HASH_BYTES = "sha256", 32

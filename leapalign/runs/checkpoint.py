@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from leapalign.config import load_config
 from leapalign.inputs.validation import UserError, brief
@@ -24,6 +24,7 @@ from leapalign.optimizers.optimizer import Optimizer
 from leapalign.storage.durable import make_folder, partial_of, rename, require_space, sync_tree, writing
 from leapalign.storage.faults import point
 from leapalign.storage.manifest import damage, write_manifest
+from leapalign.storage.modes import save_file
 from leapalign.watch.records import ranked
 
 TRANSFORMER = "transformer"

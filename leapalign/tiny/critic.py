@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from leapalign.storage.modes import save_file
 from leapalign.tiny.model import MAX_TOKENS, SPECIAL, WORDS, build_tokenizer
 
 WEIGHTS = "model.safetensors"

@@ -19,6 +19,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from leapalign.storage.modes import save_pretrained
 from leapalign.tiny.world import COLORS, NUMBERS, PLURALS, SHAPES
 
 MAX_TOKENS = 8
@@ -115,12 +116,16 @@ def save_model(
 ) -> None:
     """Writes the parts in the layout ``FluxPipeline.from_pretrained`` reads."""
     tokenizer = build_tokenizer()
-    transformer.save_pretrained(folder / "transformer")
-    build_scheduler().save_pretrained(folder / "scheduler")
-    pooled_encoder.save_pretrained(folder / "text_encoder")
-    token_encoder.save_pretrained(folder / "text_encoder_2")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    tokenizer.save_pretrained(folder / "tokenizer_2")
+    parts = {
+        "transformer": transformer,
+        "scheduler": build_scheduler(),
+        "text_encoder": pooled_encoder,
+        "text_encoder_2": token_encoder,
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+    }
+    for name, part in parts.items():
+        save_pretrained(part, folder / name)
     index = {
         "_class_name": "FluxPipeline",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

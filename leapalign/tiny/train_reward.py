@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from leapalign.rewards.clip_scorer import ClipScorer
+from leapalign.storage.modes import save_pretrained
 from leapalign.tiny.disturbance import Disturbance, length, worth
 from leapalign.tiny.grades import grade
 from leapalign.tiny.judged_pool import JudgedPool
@@ -59,9 +60,8 @@ def build_scorer() -> ClipScorer:
 
 def save_scorer(scorer: ClipScorer, folder: Path) -> None:
     """Writes what ``rewards.pickscore`` loads: a CLIP folder."""
-    scorer.model.save_pretrained(folder)
-    scorer.tokenizer.save_pretrained(folder)
-    scorer.image_processor.save_pretrained(folder)
+    for part in (scorer.model, scorer.tokenizer, scorer.image_processor):
+        save_pretrained(part, folder)
 
 
 @torch.no_grad()

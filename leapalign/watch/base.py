@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from leapalign.config import Config
 from leapalign.inputs.validation import UserError, brief
 from leapalign.storage.durable import beside
+from leapalign.storage.modes import save_file
 
 FILE = "watch_base.safetensors"
 _MADE_WITH = "made_with"
