@@ -4,123 +4,120 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save_file
+from torch import Tensor
 
 from leapalign.config import Config
-from leapalign.export.model_card import FILE as CARD
-from leapalign.export.model_card import Export, model_card
+from leapalign.export.base import CARD, INDEX, TRANSFORMER, base_folder, licences_of, parts_of
+from leapalign.export.model_card import Export, in_comfyui, model_card
 from leapalign.export.original_layout import comfyui_adapter, layout_of, original_weights
 from leapalign.inputs.validation import UserError
-from leapalign.models.folder import linear_widths, read_index
+from leapalign.models.folder import linear_widths
 from leapalign.models.lora import FILE as ADAPTER_FILE
 from leapalign.models.lora import read_matrices
 from leapalign.models.weights import read_weights
-from leapalign.runs.checkpoint import TRANSFORMER, run_weights
-from leapalign.storage.durable import writing
-from leapalign.storage.embedded import resolve
+from leapalign.runs.checkpoint import run_weights
+from leapalign.storage.durable import require_space, writing
+from leapalign.storage.modes import copy, save_file
 
-LAYOUTS = ("diffusers", "original", "comfyui")
-_INDEX = "model_index.json"
+_TEXT_BYTES = 1 << 20
+"""Of the card and of headers, at most."""
+_THEN = "export again"
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What an export holds beside card and licence text."""
+
+    copies: Mapping[str, Path] = field(default_factory=dict)
+    """Name in the export <- file or folder."""
+    tensors: Callable[[], Mapping[str, Tensor]] | None = None
+    """Those of its own safetensors file, if it has one."""
+    tensor_bytes: int = 0
 
 
 def export(run: Path, config: Config, output: Path, weights: str, layout: str) -> str:
-    """Writes the run's `WEIGHTS` called ``weights``, as one of `LAYOUTS`, and a model card to a new folder ``output``.
+    """Writes the run's `WEIGHTS` called ``weights``, with card and licence text, to a new folder ``output``.
 
-    Returns a sentence on what was written. Raises UserError where ``output`` exists, the run has no checkpoint,
-    there is no such layout of these weights, or the disk is full.
+    layout: diffusers, original (all weights) or comfyui.
+
+    Returns a sentence on what was written. Raises UserError where ``output`` exists, the run has no checkpoint, files
+    of the base are missing, there is no such layout of these weights, or the disk has no room.
     """
     if output.exists():
         raise UserError(f"'{output}' already exists; choose another --output")
     source = run_weights(run, weights)
-    base = resolve(config.model.path)
     adapter = (source / ADAPTER_FILE).exists()
-    write = _writer(layout, adapter)
+    contents_of, sentence = _way(layout, adapter)
+    base = base_folder(config.model.path, whole=contents_of is _model)
+    contents = contents_of(source, base)
     iterations = int(json.loads((source.parent / "state.json").read_text())["iteration"])
-    with writing(output, "export again"):
+    file = f"{output.name}.safetensors"
+    card = model_card(Export(config, base, iterations, weights, layout, adapter, file))
+    copies = {**contents.copies, **{path.name: path for path in licences_of(base)}}
+    with writing(output, _THEN):
+        size = sum(_bytes(path) for path in copies.values()) + contents.tensor_bytes + _TEXT_BYTES
+        require_space(output.parent, size, "the export", _THEN)
         output.parent.mkdir(parents=True, exist_ok=True)
         # Whole or absent: what fails half-way goes with the scratch folder.
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
             partial = Path(scratch) / output.name
             partial.mkdir()
-            sentence = write(source, base, partial)
-            _copy_licence(base, partial)
-            card = model_card(Export(config, base, iterations, weights, layout, adapter))
+            for name, path in copies.items():
+                copy(path, partial / name)
+            if contents.tensors:
+                save_file(contents.tensors(), partial / file, {"format": "pt"})
+            _forget_origin(partial / TRANSFORMER / "config.json")
             (partial / CARD).write_text(card, encoding="utf-8")
             os.rename(partial, output)
-    return sentence
+    unlicensed = "" if licences_of(base) else "; add the text of the base's licence before you pass it on"
+    return f"{sentence.format(file=file)}{unlicensed}"
 
 
-def _writer(layout: str, adapter: bool) -> Callable[[Path, str, Path], str]:
-    writers: dict[tuple[str, bool], Callable[[Path, str, Path], str]] = {
-        ("diffusers", False): _write_model,
-        ("original", False): _write_original,
-        ("diffusers", True): _write_adapter,
-        ("comfyui", True): _write_comfyui_adapter,
+def _way(layout: str, adapter: bool) -> tuple[Callable[[Path, Path], _Contents], str]:
+    """What makes the contents of weights in ``source``, of the model in ``base``, and a sentence on them."""
+    ways = {
+        ("diffusers", False): (_model, "a model that diffusers' from_pretrained loads"),
+        ("original", False): (_transformer, "the transformer in its original layout, in {file}"),
+        ("comfyui", False): (_transformer, f"the transformer for ComfyUI, in {{file}}: {in_comfyui(adapter=False)}"),
+        ("diffusers", True): (_adapter, "an adapter that diffusers' load_lora_weights loads"),
+        ("comfyui", True): (_comfyui_adapter, f"an adapter for ComfyUI, in {{file}}: {in_comfyui(adapter=True)}"),
     }
-    if (layout, adapter) not in writers:
-        other = (
-            "adapters have no original layout; use --layout comfyui"
-            if adapter
-            else ("ComfyUI reads a whole transformer in its original layout; use --layout original")
-        )
-        raise UserError(f"{other} or diffusers")
-    return writers[layout, adapter]
+    if (layout, adapter) not in ways:
+        raise UserError("adapters have no original layout; use --layout comfyui or diffusers")
+    return ways[layout, adapter]
 
 
-def _write_model(source: Path, base: str, target: Path) -> str:
-    """The transformer, and beside it the base's other parts where they are on this machine."""
-    shutil.copytree(source, target / TRANSFORMER)
-    _forget_origin(target / TRANSFORMER / "config.json")
-    if not Path(base).is_dir():
-        return f"only {TRANSFORMER}/ is written: the other parts are those of '{base}'"
-    parts = [name for name, part in read_index(base).items() if isinstance(part, list | tuple) and part[0]]
-    for name in parts:
-        if name != TRANSFORMER:
-            _copy_part(Path(base) / name, target)
-    shutil.copy(Path(base) / _INDEX, target)
-    return "a model that diffusers' from_pretrained loads"
+def _model(source: Path, base: Path) -> _Contents:
+    parts = {name: base / name for name in (*parts_of(base), INDEX)}
+    return _Contents({TRANSFORMER: source, **parts})
+
+
+def _transformer(source: Path, base: Path) -> _Contents:
+    layout = layout_of(base)
+    return _Contents(tensors=lambda: original_weights(layout, read_weights(source)), tensor_bytes=_bytes(source))
+
+
+def _adapter(source: Path, base: Path) -> _Contents:
+    return _Contents({ADAPTER_FILE: source / ADAPTER_FILE})
+
+
+def _comfyui_adapter(source: Path, base: Path) -> _Contents:
+    matrices = comfyui_adapter(layout_of(base), read_matrices(source), linear_widths(str(base)))
+    return _Contents(tensors=lambda: matrices, tensor_bytes=sum(matrix.nbytes for matrix in matrices.values()))
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def _forget_origin(config: Path) -> None:
-    """Drops where diffusers read the model from, which is a folder of this machine."""
-    values = json.loads(config.read_text())
-    values.pop("_name_or_path", None)
-    config.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _copy_part(part: Path, target: Path) -> None:
-    if not part.is_dir():
-        raise UserError(
-            f"a whole model needs '{part}', which is not there; restore it, or set model.path to another base"
-        )
-    shutil.copytree(part, target / part.name)
-
-
-def _write_original(source: Path, base: str, target: Path) -> str:
-    weights = original_weights(layout_of(base), read_weights(source))
-    file = target / f"{target.name}.safetensors"
-    save_file(weights, file, metadata={"format": "pt"})
-    return f"the transformer in its original layout, in {file.name}"
-
-
-def _write_adapter(source: Path, base: str, target: Path) -> str:
-    shutil.copy(source / ADAPTER_FILE, target)
-    return "an adapter that diffusers' load_lora_weights loads"
-
-
-def _write_comfyui_adapter(source: Path, base: str, target: Path) -> str:
-    matrices = comfyui_adapter(layout_of(base), read_matrices(source), linear_widths(base))
-    file = target / f"{target.name}.safetensors"
-    save_file(matrices, file, metadata={"format": "pt"})
-    return f"an adapter for ComfyUI, in {file.name}"
-
-
-def _copy_licence(base: str, target: Path) -> None:
-    """Licences such as FLUX.1-dev's ask that their text goes with the weights."""
-    for file in Path(base).glob("LICENSE*"):
-        shutil.copy(file, target)
+    """Drops where diffusers read the model from, which is a folder of this machine, from the configuration if any."""
+    if config.exists():
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)
+        config.write_text(json.dumps(values, indent=2) + "\n")

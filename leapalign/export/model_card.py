@@ -1,4 +1,4 @@
-"""``README.md`` of exported weights: what they are, what they were trained on, and the licence they inherit."""
+"""``README.md`` of exported weights: what they are, how to use them, and the licence they inherit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from leapalign.config import Config
+from leapalign.export.base import CARD, TRANSFORMER
+from leapalign.models.folder import read_index
 
-FILE = "README.md"
 _WEIGHTS = {
-    "average": "running average (EMA)",
-    "last": "of the last iteration",
-    "best": "running average (EMA), where the held-out reward was highest",
+    "average": "average: the running average (EMA) over iterations",
+    "last": "last: those after the last iteration",
+    "best": "best: the running average (EMA) where the held-out reward was highest",
 }
 _LICENCE_FIELDS = ("license", "license_name", "license_link")
 
@@ -26,13 +27,15 @@ class Export:
     """What a card tells of."""
 
     config: Config
-    base: str
-    """Folder or hub id of the base model."""
+    base: Path
+    """Folder of the base model on this machine."""
     iterations: int
     weights: str
     """One of `leapalign.runs.checkpoint.WEIGHTS`."""
     layout: str
     adapter: bool
+    file: str
+    """The name of the weights' file, where they are in one of the original layout."""
 
 
 def model_card(export: Export) -> str:
@@ -51,7 +54,7 @@ def model_card(export: Export) -> str:
         else f"The licence of `{base_name(export)}` applies to these weights, but could not be read: state it above "
         "before you pass them on."
     )
-    return f"---\n{settings.to_yaml()}\n---\n\n{_trained(export)}\n\n{said}\n"
+    return f"---\n{settings.to_yaml()}\n---\n\n{_trained(export)}\n\n## Use\n\n{_use(export)}\n\n## Licence\n\n{said}\n"
 
 
 def base_name(export: Export) -> str:
@@ -60,10 +63,17 @@ def base_name(export: Export) -> str:
     return path.resolve().name if path.is_dir() or path.is_absolute() else export.config.model.path
 
 
-def licence_of(base: str) -> dict[str, Any]:
+def in_comfyui(adapter: bool) -> str:
+    """Where ComfyUI looks for the file, and what loads it."""
+    if adapter:
+        return "put it in ComfyUI/models/loras and load it with LoraLoaderModelOnly"
+    return "put it in ComfyUI/models/diffusion_models and load it with Load Diffusion Model"
+
+
+def licence_of(base: Path) -> dict[str, Any]:
     """The licence fields in the front matter of the model card of the folder ``base``; none where it states none."""
     try:
-        stated = metadata_load(Path(base) / FILE) or {}
+        stated = metadata_load(base / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return {name: stated[name] for name in _LICENCE_FIELDS if name in stated} if "license" in stated else {}
@@ -89,6 +99,33 @@ def _trained(export: Export) -> str:
         f"# {base_name(export)}, aligned with {rows['reward']}\n\n{what} `{base_name(export)}`, trained with leapalign "
         f"on a differentiable reward.\n\n| | |\n| --- | --- |\n{table}"
     )
+
+
+def _use(export: Export) -> str:
+    """What loads the weights, with ``.`` for the folder of the card."""
+    name = base_name(export)
+    if export.layout == "comfyui":
+        return f"`{export.file}` is for ComfyUI: {in_comfyui(export.adapter)}, with text encoders and VAE of `{name}`."
+    index = read_index(str(export.base))
+    dtype = f"torch_dtype=torch.{export.config.model.dtype}"
+    options = dtype if index.get("vae", [None])[0] else f"{dtype}, vae=None"  # some are trained on pixels
+    imports = ["DiffusionPipeline"]
+    if export.layout == "original":
+        imports.append(index[TRANSFORMER][1])
+        lines = [
+            f"transformer = {imports[1]}.from_single_file(",
+            f'    "{export.file}", config="{name}", subfolder="{TRANSFORMER}", {dtype}',
+            ")",
+            f'pipeline = DiffusionPipeline.from_pretrained("{name}", transformer=transformer, {options})',
+        ]
+    elif export.adapter:
+        lines = [
+            f'pipeline = DiffusionPipeline.from_pretrained("{name}", {options})',
+            'pipeline.load_lora_weights(".")',
+        ]
+    else:
+        lines = [f'pipeline = DiffusionPipeline.from_pretrained(".", {options})']
+    return "\n".join(["```python", "import torch", f"from diffusers import {', '.join(imports)}", "", *lines, "```"])
 
 
 def _listed(options: dict[str, Any]) -> str:

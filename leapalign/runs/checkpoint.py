@@ -102,7 +102,7 @@ def save_checkpoint(
         remove_partial(run)
         if final.exists():
             _delete(final)  # A damaged one: the run was resumed before it.
-        require_space(final.parent, _size(transformer, optimizer))
+        require_space(final.parent, _size(transformer, optimizer), "a checkpoint", "continue with --resume")
         try:
             _write(partial, iteration, transformer, optimizer)
             rename(partial, final)

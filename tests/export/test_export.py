@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from chat_folders import save_flux2_klein
 from command_line import refused
 from diffusers import FluxPipeline
+from family_checks import write_config
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file
 from small_runs import config_of, train
 
 from leapalign.cli import main
-from leapalign.export.original_layout import FLUX, original_weights
+from leapalign.export.layouts import FLUX
+from leapalign.export.original_layout import original_weights
 from leapalign.models.weights import read_weights
 from leapalign.runs.checkpoint import latest_checkpoint
 
@@ -68,6 +74,16 @@ def pictures(pipeline: FluxPipeline) -> torch.Tensor:
     ).images
 
 
+def loaded_by_card(output: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The pipeline of the code in the card, run where it lies, beside the base that it names."""
+    (output / "base").symlink_to(base)
+    monkeypatch.chdir(output)
+    (code,) = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), flags=re.S)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    return found["pipeline"]
+
+
 @pytest.mark.parametrize(("weights", "folder"), [("average", "transformer_ema"), ("last", "transformer")])
 def test_diffusers_loads_the_whole_model(run: Path, tmp_path: Path, weights: str, folder: str) -> None:
     output = exported(run, tmp_path / "new" / "export", "--weights", weights)
@@ -80,13 +96,19 @@ def test_diffusers_loads_the_whole_model(run: Path, tmp_path: Path, weights: str
     assert not (output / "single_file.safetensors").exists()
 
 
-def test_the_original_layout_is_one_file(run: Path, tmp_path: Path) -> None:
-    output = exported(run, tmp_path / "export", "--layout", "original")
+@pytest.mark.parametrize("layout", ["original", "comfyui"])
+def test_the_original_layout_is_one_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    output = exported(run, tmp_path / "export", "--layout", layout)
     assert sorted(path.name for path in output.iterdir()) == ["LICENSE.md", "README.md", "export.safetensors"]
     written = load_file(output / "export.safetensors")
     expected = original_weights(FLUX, read_weights(checkpoint(run) / "transformer_ema"))
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
+    for said in (capsys.readouterr().out, (output / "README.md").read_text()):
+        place = "put it in ComfyUI/models/diffusion_models and load it with Load Diffusion Model"
+        assert (place in said) == (layout == "comfyui")
 
 
 def test_diffusers_loads_the_adapter(adapter_run: Path, tmp_path: Path) -> None:
@@ -98,11 +120,15 @@ def test_diffusers_loads_the_adapter(adapter_run: Path, tmp_path: Path) -> None:
     assert metadata_load(output / "README.md")["tags"] == ["leapalign", "lora"]
 
 
-def test_comfyuis_adapter_has_fused_modules(adapter_run: Path, tmp_path: Path) -> None:
+def test_comfyuis_adapter_has_fused_modules(
+    adapter_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = exported(adapter_run, tmp_path / "export", "--layout", "comfyui")
     written = load_file(output / "export.safetensors")
     assert written["diffusion_model.double_blocks.1.img_attn.qkv.lora_A.weight"].shape == (6, 96)
     assert written["diffusion_model.single_blocks.1.linear1.lora_B.weight"].shape == (7 * 96, 8)
+    for said in (capsys.readouterr().out, (output / "README.md").read_text()):
+        assert "put it in ComfyUI/models/loras and load it with LoraLoaderModelOnly" in said
 
 
 def test_the_card_inherits_the_licence_and_says_what_was_trained(run: Path, tmp_path: Path) -> None:
@@ -125,17 +151,29 @@ def test_the_card_inherits_the_licence_and_says_what_was_trained(run: Path, tmp_
     assert (output / "LICENSE.md").read_text() == "Do as you like."
 
 
-def test_a_base_on_a_hub_is_named_and_its_licence_asked_for(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("weights", ["average", "last"])
+@pytest.mark.parametrize("kind", ["run", "adapter_run"])
+def test_the_card_names_the_weights_and_its_code_loads_them(
+    kind: str, weights: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "export"
-    assert main(["export", "--run", str(run), "--output", str(output), "model.path=someone/a-model"]) == 0
-    assert "only transformer/ is written: the other parts are those of 'someone/a-model'" in capsys.readouterr().out
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "transformer"]
-    settings = metadata_load(output / "README.md")
-    assert settings["base_model"] == "someone/a-model"
-    assert "license" not in settings
-    assert "could not be read: state it above" in (output / "README.md").read_text()
+    run = request.getfixturevalue(kind)
+    output = exported(run, tmp_path / "export", "--weights", weights)
+    assert f"| weights | {weights}: " in (output / "README.md").read_text()
+    base = FluxPipeline.from_pretrained(run.parent / "base", vae=None)
+    assert not torch.equal(pictures(loaded_by_card(output, run.parent / "base", monkeypatch)), pictures(base))
+
+
+def test_the_cards_code_loads_the_original_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of FLUX.2: diffusers reads FLUX.1's at the real width alone."""
+    save_flux2_klein(tmp_path / "base")
+    model = {"path": str(tmp_path / "base"), "height": 32, "width": 48}
+    config = write_config(tmp_path, model, train={"iterations": 1, "batch_size": 2})
+    assert main(["train", "--config", str(config)]) == 0
+    output = exported(tmp_path / "run", tmp_path / "export", "--weights", "last", "--layout", "original")
+    loaded = loaded_by_card(output, tmp_path / "base", monkeypatch).transformer.state_dict()
+    expected = read_weights(checkpoint(tmp_path / "run") / "transformer")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -167,24 +205,11 @@ def test_what_fails_half_way_leaves_nothing(run: Path, tmp_path: Path, capsys: p
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout", "message"),
-    [
-        ("run", "comfyui", "use --layout original or diffusers"),
-        ("adapter_run", "original", "use --layout comfyui or diffusers"),
-    ],
-)
-def test_layouts_that_do_not_fit_name_one_that_does(
-    kind: str,
-    layout: str,
-    message: str,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    capsys: pytest.CaptureFixture[str],
+def test_adapters_have_no_original_layout(
+    adapter_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = request.getfixturevalue(kind)
-    arguments = ["export", "--run", str(run), "--output", str(tmp_path / "export"), "--layout", layout]
-    assert message in refused(arguments, capsys)
+    arguments = ["export", "--run", str(adapter_run), "--output", str(tmp_path / "export"), "--layout", "original"]
+    assert "use --layout comfyui or diffusers" in refused(arguments, capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -208,16 +233,43 @@ def test_a_run_without_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], layout: str
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shutil, "copytree", full)
-    monkeypatch.setattr("leapalign.export.export.save_file", full)
+    for call in ("copy", "save_file"):
+        monkeypatch.setattr(f"leapalign.export.export.{call}", full)
     line = refused(
         ["export", "--run", str(run), "--output", str(tmp_path / "new" / "export"), "--layout", layout], capsys
     )
     assert "(No space left on device); make room and check its permissions, then export again" in line
     assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("run", "diffusers"), ("run", "comfyui"), ("adapter_run", "diffusers"), ("adapter_run", "comfyui")],
+)
+def test_a_full_disk_is_told_before_anything_is_written(
+    kind: str,
+    layout: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, usage = request.getfixturevalue(kind), namedtuple("usage", "total used free")
+    whole = exported(run, tmp_path / "whole" / "export", "--layout", layout)
+    needed = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    capsys.readouterr()
+    arguments = ["export", "--run", str(run), "--output", str(tmp_path / "new" / "export"), "--layout", layout]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed))
+    line = refused(arguments, capsys)
+    assert f"the export needs {(needed + (1 << 20)) / 2**30:.2f} GiB, and" in line
+    assert line.endswith("make room, then export again")
+    assert not (tmp_path / "new").exists()
+    # What is asked for is the real size and a margin.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed + (1 << 20) + (1 << 14)))
+    assert main(arguments) == 0

@@ -1,20 +1,53 @@
-"""FLUX.1's original layout: diffusers' own conversions take it back, and adapters change the same weights."""
+"""Original layouts: diffusers' own conversions take them back, and adapters change the same weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import diffusers
 import pytest
 import torch
+from chat_folders import save_flux2_dev, save_flux2_klein, save_z_image
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_fal_kontext_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from safetensors.torch import save_file
+from tiny_folders import save_qwen_image, save_stable_diffusion_3
 from torch import Tensor, nn
 from worlds import small_flux
 
-from leapalign.export.original_layout import COMFYUI_PREFIX, FLUX, comfyui_adapter, original_weights
+from leapalign.export.layouts import FLUX, Layout
+from leapalign.export.original_layout import COMFYUI_PREFIX, comfyui_adapter, layout_of, original_weights
 from leapalign.inputs.validation import UserError
+from leapalign.models.folder import linear_widths, read_index
 
 RANK = 2
 COLUMNS = 3
+Family: TypeAlias = tuple[Path, nn.Module, set[str]]
+# What ComfyUI tells a model by, in detect_unet_config of comfy/model_detection.py.
+FAMILIES: dict[str, tuple[Callable[[Path], None], set[str]]] = {
+    "stable diffusion 3": (
+        save_stable_diffusion_3,
+        {"joint_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.weight", "pos_embed"},
+    ),
+    "flux.2 klein": (
+        save_flux2_klein,
+        {
+            "double_stream_modulation_img.lin.weight",
+            "double_blocks.0.img_attn.norm.key_norm.scale",
+            "img_in.weight",
+            "txt_in.weight",
+        },
+    ),
+    "flux.2 dev": (save_flux2_dev, {"double_stream_modulation_img.lin.weight", "guidance_in.in_layer.weight"}),
+    "z-image": (
+        save_z_image,
+        {"cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight", "x_embedder.weight", "cap_pad_token"},
+    ),
+    "qwen-image": (save_qwen_image, {"txt_norm.weight", "img_in.weight"}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +55,18 @@ def flux1_dev() -> FluxTransformer2DModel:
     """The real size, without memory: diffusers' conversions know its width by heart."""
     with torch.device("meta"):
         return FluxTransformer2DModel(guidance_embeds=True)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, nn.Module, set[str]]:
+    """A model's folder, its transformer, and names of its original layout."""
+    save, told_by = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp("models") / request.param
+    save(folder)
+    kind = getattr(diffusers, read_index(str(folder))["transformer"][1])
+    return folder, kind.from_pretrained(folder, subfolder="transformer"), told_by
 
 
 def matrices(model: nn.Module, endings: tuple[str, ...]) -> dict[str, Tensor]:
@@ -67,24 +112,49 @@ def test_diffusers_reads_our_adapter_of_flux1_dev_as_the_same_change(flux1_dev: 
             )
 
 
-@pytest.mark.parametrize("endings", [("",), ("to_q", "to_v", "proj_mlp"), ("norm_out.linear", "attn.to_k")])
-def test_merging_an_adapter_and_changing_layout_commute(endings: tuple[str, ...]) -> None:
-    model = small_flux(guidance_embeds=True)
+def test_diffusers_loads_each_familys_file_as_the_same_weights(family: Family, tmp_path: Path) -> None:
+    folder, model, told_by = family
+    # Some are zero or one at first.
+    weights = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    original = original_weights(layout_of(folder), weights)
+    assert told_by <= original.keys()
+    save_file(original, tmp_path / "file.safetensors")
+    back = type(model).from_single_file(str(tmp_path / "file.safetensors"), config=str(folder), subfolder="transformer")
+    found = back.state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def check_merging_commutes(layout: Layout, model: nn.Module, endings: tuple[str, ...]) -> None:
+    """With the change of layout: adapters merged before it, and after it."""
     weights, adapter = dict(model.state_dict()), matrices(model, endings)
     merged = dict(weights)
     for name in widths(model):
         if f"{name}.lora_A.weight" in adapter:
             change = adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
             merged[f"{name}.weight"] = weights[f"{name}.weight"] + change
-    expected = original_weights(FLUX, merged)
+    expected = original_weights(layout, merged)
 
-    ours, changes = original_weights(FLUX, weights), comfyui_adapter(FLUX, adapter, widths(model))
+    ours, changes = original_weights(layout, weights), comfyui_adapter(layout, adapter, widths(model))
     for name in [name for name in changes if name.endswith("lora_A.weight")]:
         module = name.removeprefix(COMFYUI_PREFIX).removesuffix(".lora_A.weight")
         ours[f"{module}.weight"] = ours[f"{module}.weight"] + changes[name.replace("lora_A", "lora_B")] @ changes[name]
     assert ours.keys() == expected.keys()
+    assert sum(not torch.equal(expected[name], value) for name, value in original_weights(layout, weights).items()) > 1
     for name in expected:
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("endings", [("",), ("to_q", "to_v", "proj_mlp"), ("norm_out.linear", "attn.to_k")])
+def test_merging_an_adapter_and_changing_layout_commute(endings: tuple[str, ...]) -> None:
+    check_merging_commutes(FLUX, small_flux(guidance_embeds=True), endings)
+
+
+@pytest.mark.parametrize("endings", [("",), ("to_k", "to_v")])
+def test_the_same_holds_in_each_family(family: Family, endings: tuple[str, ...]) -> None:
+    folder, model, _ = family
+    assert linear_widths(str(folder)) == widths(model)
+    check_merging_commutes(layout_of(folder), model, endings)
 
 
 def test_weights_without_a_place_are_refused() -> None:
