@@ -13,6 +13,7 @@ from command_line import refused
 from diffusers import FluxPipeline
 from hub_cache import COMMIT, offline, put_in_cache
 from huggingface_hub.repocard import metadata_load
+from huggingface_hub.utils import filter_repo_objects
 from small_runs import config_of, train
 
 from leapalign.cli import main
@@ -107,16 +108,21 @@ def test_what_is_missing_is_downloaded_of_the_same_commit(
     harm(snapshot)
     asked: list[dict[str, Any]] = []
 
-    def download(name: str, **options: Any) -> str:
-        asked.append({"name": name, **options})
-        shutil.rmtree(snapshot.parents[1])
-        return str(put_in_cache(model, tmp_path / "cache", NAME))
+    published = [path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()]
+    other_forms = ["text_encoder_2/model.fp16.safetensors", "text_encoder_2/pytorch_model.bin"]
+
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str], **options: Any) -> str:
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        asked.append({"name": name, "other forms": list(filter_repo_objects(other_forms, **patterns)), **options})
+        shutil.rmtree(snapshot / "text_encoder_2", ignore_errors=True)
+        (snapshot / "text_encoder_2").mkdir()
+        for file in filter_repo_objects(published, **patterns):
+            shutil.copy(model / file, snapshot / file)
+        return str(snapshot)
 
     monkeypatch.setattr(base, "snapshot_download", download)
     assert main(export(run, tmp_path)) == 0
-    (call,) = asked
-    assert (call["name"], call["revision"]) == (NAME, COMMIT)
-    assert call["allow_patterns"] == ["text_encoder_2/*"]
+    assert asked == [{"name": NAME, "other forms": [], "revision": COMMIT}]
     FluxPipeline.from_pretrained(tmp_path / "new" / "export", vae=None)
 
 

@@ -44,7 +44,13 @@ FAMILIES: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "flux.2 dev": (save_flux2_dev, {"double_stream_modulation_img.lin.weight", "guidance_in.in_layer.weight"}),
     "z-image": (
         save_z_image,
-        {"cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight", "x_embedder.weight", "cap_pad_token"},
+        {
+            "cap_embedder.1.weight",
+            "noise_refiner.0.attention.k_norm.weight",
+            "layers.0.attention.qkv.weight",
+            "x_embedder.weight",
+            "cap_pad_token",
+        },
     ),
     "qwen-image": (save_qwen_image, {"txt_norm.weight", "img_in.weight"}),
 }
