@@ -48,12 +48,11 @@ def warn_of_cut(
     if not limited:
         return
     sizes = np.fromiter(map(len, prompts()), np.int64)
-    shortest, bound = 0, ""
+    counted, bound = np.ones(len(sizes), bool), ""
     if len(sizes) > MOST_COUNTED:
-        shortest, bound = int(np.partition(sizes, -MOST_COUNTED)[-MOST_COUNTED]), "at least "
+        counted[np.argpartition(sizes, -MOST_COUNTED)[:-MOST_COUNTED]], bound = False, "at least "
     for name, limit in limited:
-        longest = itertools.islice((prompt for prompt in prompts() if len(prompt) >= shortest), MOST_COUNTED)
-        cut, example = _cut(longest, limit)
+        cut, example = _cut(itertools.compress(prompts(), counted), limit)
         if cut:
             of = f"{bound}{cut:,} of {len(sizes):,} {what}"
             _log.warning("%s cuts %s at %d tokens, as %r", name, of, limit.tokens, example)
