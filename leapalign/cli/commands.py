@@ -142,7 +142,8 @@ def _config_and_prompts(
 
     config = _config(arguments.config, arguments.run, overrides)
     file = Path(arguments.prompts or resolve(config.prompts.path))
-    return config, file, given or read_prompts(file)
+    # As those of a file: a prompt cache knows no others.
+    return config, file, [prompt.strip() for prompt in given] or read_prompts(file)
 
 
 def _run_weights(arguments: argparse.Namespace) -> Path | None:
