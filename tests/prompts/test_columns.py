@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import tracemalloc
 from pathlib import Path
@@ -94,7 +93,7 @@ def test_a_tab_separated_cell_may_begin_with_a_quote(tmp_path: Path) -> None:
         ("a.csv", "a cat\na dog\n", "'.*a.csv' has no column 'prompt' among a cat; rename one"),
         ("a.csv", "prompt\n", "holds no prompts"),
         ("a.csv", "", "holds no prompts"),
-        ("a.csv.gz", gzip.compress(b"prompt\na cat\n"), "is compressed, or a spreadsheet; unpack it"),
+        ("a.csv.gz", b"\x1f\x8b\x08\x00", "is compressed, or a spreadsheet; unpack it"),
         ("a.csv", b"PK\x03\x04" + bytes(70_000), "is compressed, or a spreadsheet; .* save it as text or .csv"),
         ("a.json", '["a", 1]', 'a.json, value 2, has no "prompt" text'),
         ("a.json", '["a", {"tag": "b"}]', "a.json, value 2, has no column 'prompt' among tag"),
@@ -149,5 +148,5 @@ def test_tables_are_read_row_by_row(tmp_path: Path) -> None:
 def test_geneval_s_objects_are_known_in_an_array_too(tmp_path: Path) -> None:
     records = [{"tag": "two", "include": [], "prompt": "a cat"}] * 2
     assert read_metadata(write(tmp_path / "a.json", json.dumps(records, indent=1))) == records
-    assert read_metadata(write(tmp_path / "b.json", json.dumps(["a cat"]))) == []
+    assert read_metadata(write(tmp_path / "b.json", json.dumps(["a tag to include"]))) == []
     assert read_metadata(write(tmp_path / "c.json", json.dumps([*records, {"prompt": "a"}]))) == []
