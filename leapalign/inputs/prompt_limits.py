@@ -12,8 +12,8 @@ import numpy as np
 
 from leapalign.inputs.validation import shortened
 
-MOST_COUNTED = 5_000
-"""Prompts, the longest ones; a tokenizer takes about a second for them."""
+MOST_COUNTED = 2_000
+"""Prompts, the longest ones; a tokenizer takes one to two seconds for them on one core."""
 AT_ONCE = 64
 
 _log = logging.getLogger("leapalign")

@@ -41,7 +41,7 @@ def test_of_very_many_prompts_the_longest_are_counted(caplog: pytest.LogCaptureF
     assert len(ASKED) == MOST_COUNTED
     caplog.clear()
     warn_of_cut([("reward", FOUR_WORDS)], lambda: [*long, *short, *longest])
-    assert caplog.messages[0].startswith("reward cuts at least 5,000 of 55,002 prompts at 4 tokens")
+    assert caplog.messages[0].startswith("reward cuts at least 2,000 of 52,002 prompts at 4 tokens")
 
 
 def test_nothing_is_said_where_nothing_is_cut(caplog: pytest.LogCaptureFixture) -> None:
