@@ -16,6 +16,7 @@ from leapalign.config import Config
 from leapalign.diagnostics.guards import fault_names
 from leapalign.diagnostics.threshold import warn_of_thresholds
 from leapalign.diagnostics.true_gradient import agreement
+from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.inputs.validation import UserError
 from leapalign.memory.placement import place, training_device
 from leapalign.memory.residency import stage
@@ -78,6 +79,7 @@ class Trainer:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
         require_room(config, model.draw_noise, training_device())
         trainer = cls.assembled(config, model, prompts, None, rewards, method, training_device())
+        warn_of_cut([(f"reward {term.name}", term.reward) for term in rewards], lambda: prompts)
         trainer.embeddings = embeddings_of(config, prompts)
         return trainer
 

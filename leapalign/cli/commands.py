@@ -112,6 +112,7 @@ def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
 def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.evaluation.evaluate import BASE, RUN, evaluate, evaluation_rewards, figures, summary
     from leapalign.evaluation.page import EvaluationPage
+    from leapalign.inputs.prompt_limits import warn_of_cut
     from leapalign.prompts.embeddings import embeddings_of
     from leapalign.reports.pages import text_table
 
@@ -119,7 +120,9 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     config, _, prompts = _config_and_prompts(arguments, overrides, [])
     weights = _run_weights(arguments)
     arms = {BASE: None, RUN: weights} if weights else {BASE: None}
-    rewards, embeddings = evaluation_rewards(config), embeddings_of(config, prompts)
+    rewards = evaluation_rewards(config)
+    warn_of_cut([(f"reward {name}", reward) for name, reward in rewards.items()], lambda: prompts)
+    embeddings = embeddings_of(config, prompts)
     scores = evaluate(config, arms, rewards, prompts, embeddings, arguments.seed, page.keep if page else None)
     found = summary(scores)
     print(text_table(*figures(found)))
@@ -139,7 +142,8 @@ def _config_and_prompts(
 
     config = _config(arguments.config, arguments.run, overrides)
     file = Path(arguments.prompts or resolve(config.prompts.path))
-    return config, file, given or read_prompts(file)
+    # As those of a file: a prompt cache knows no others.
+    return config, file, [prompt.strip() for prompt in given] or read_prompts(file)
 
 
 def _run_weights(arguments: argparse.Namespace) -> Path | None:

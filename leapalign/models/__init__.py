@@ -10,6 +10,7 @@ import torch
 
 from leapalign.config import ModelConfig
 from leapalign.inputs.networks import require_whole_files
+from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.flux import FluxModel
@@ -67,13 +68,13 @@ def family_of(path: str) -> Family:
     return FAMILIES[name]
 
 
-def encode_prompts(config: ModelConfig, prompts: Sequence[str]) -> Any:
+def encode_prompts(config: ModelConfig, prompts: Sequence[str], what: str = "prompts") -> Any:
     """Embeddings of ``prompts``, indexable by sample, by the text encoders of the model that ``config`` names.
 
-    With those of the negative prompt, where ``config`` asks for classifier-free guidance. Raises UserError where
-    there are no text encoders.
+    With those of the negative prompt, where ``config`` asks for classifier-free guidance. Warns of those that a text
+    encoder cuts, naming them ``what``. Raises UserError where there are no text encoders.
     """
-    embeddings = _encoded(config, [*prompts, *negative_prompts(config)])
+    embeddings = _encoded(config, [*prompts, *negative_prompts(config)], what)
     return guided(config, embeddings[: len(prompts)], embeddings[len(prompts) :])
 
 
@@ -112,9 +113,12 @@ def encoded(encode: TextEncoder, prompts: Sequence[str]) -> PromptEmbeddings:
     return joined([PromptEmbeddings(encode(batch)).to(torch.device("cpu")) for batch in batches])
 
 
-def _encoded(config: ModelConfig, prompts: Sequence[str]) -> PromptEmbeddings:
+def _encoded(config: ModelConfig, prompts: Sequence[str], what: str) -> PromptEmbeddings:
     parts: dict[str, torch.Tensor] = {}
+    number = 0
     for encode in text_encoders(config, torch.device("cpu")):
+        number += 1  # noqa: SIM113 -- `enumerate` would keep the encoder while the next one is loaded
+        warn_of_cut([(f"text encoder {number}", encode)], lambda: prompts, what)
         parts |= encoded(encode, prompts).parts
         del encode  # or two encoders would be there at once
     return PromptEmbeddings(parts)

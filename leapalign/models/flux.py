@@ -11,11 +11,12 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, normal_latents, resolution_shift
-from leapalign.models.text_encoders import TextEncoder, load_pipeline
+from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, load_pipeline
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as FLUX.1's pipeline has it; a folder's tokenizer may say less."""
@@ -125,11 +126,17 @@ class FluxModel:
 
 
 def _clip(pipeline: Any) -> TextEncoder:
-    return lambda prompts: {"pooled": pipeline._get_clip_prompt_embeds(list(prompts))}
+    return LimitedEncoder(
+        lambda prompts: {"pooled": pipeline._get_clip_prompt_embeds(list(prompts))},
+        PromptLimit.of(pipeline.tokenizer, pipeline.tokenizer_max_length),
+    )
 
 
 def _t5(pipeline: Any, dtype: torch.dtype) -> TextEncoder:
     length = min(TEXT_TOKENS, pipeline.tokenizer_2.model_max_length)
-    return lambda prompts: {
-        "tokens": pipeline._get_t5_prompt_embeds(list(prompts), max_sequence_length=length, dtype=dtype)
-    }
+    return LimitedEncoder(
+        lambda prompts: {
+            "tokens": pipeline._get_t5_prompt_embeds(list(prompts), max_sequence_length=length, dtype=dtype)
+        },
+        PromptLimit.of(pipeline.tokenizer_2, length),
+    )

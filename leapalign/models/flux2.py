@@ -17,15 +17,17 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import normal_latents
-from leapalign.models.text_encoders import TextEncoder, load_pipeline
+from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, load_pipeline
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as FLUX.2's pipelines have it; a folder's tokenizer may say less."""
@@ -132,7 +134,9 @@ class Flux2KleinModel(Flux2Model):
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
         """Qwen3's, for ``tokens (B, L, D)``."""
         pipeline = load_pipeline(Flux2KleinPipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device)
-        yield _tokens(pipeline, min(TEXT_TOKENS, pipeline.tokenizer.model_max_length))
+        length = min(TEXT_TOKENS, pipeline.tokenizer.model_max_length)
+        text = chat_text(pipeline.tokenizer, enable_thinking=False)
+        yield LimitedEncoder(_tokens(pipeline, length), PromptLimit.of(pipeline.tokenizer, length, text))
 
 
 class Flux2DevModel(Flux2Model):
@@ -141,9 +145,15 @@ class Flux2DevModel(Flux2Model):
     @staticmethod
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
         """Mistral 3's, for ``tokens (B, L, D)``."""
-        yield _tokens(
-            load_pipeline(Flux2Pipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device), TEXT_TOKENS
-        )
+        pipeline = load_pipeline(Flux2Pipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device)
+        processor, system = pipeline.tokenizer, pipeline.system_message
+
+        def lengths(prompts: Sequence[str]) -> list[int]:
+            chats = format_input(list(prompts), system)
+            found = processor.apply_chat_template(chats, add_generation_prompt=False, tokenize=True, return_dict=True)
+            return [len(tokens) for tokens in found["input_ids"]]
+
+        yield LimitedEncoder(_tokens(pipeline, TEXT_TOKENS), PromptLimit(TEXT_TOKENS, lengths))
 
 
 def _tokens(pipeline: Any, length: int) -> TextEncoder:

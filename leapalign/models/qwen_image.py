@@ -16,11 +16,12 @@ from diffusers import (
 from torch import Tensor
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import normal_latents, resolution_shift
-from leapalign.models.text_encoders import TextEncoder, load_pipeline
+from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, load_pipeline
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as the pipeline has it."""
@@ -128,4 +129,9 @@ def _qwen(pipeline: Any) -> TextEncoder:
         tokens, mask = pipeline._get_qwen_prompt_embeds(list(prompts))
         return {"tokens": tokens[:, :TEXT_TOKENS], "mask": mask[:, :TEXT_TOKENS].bool()}
 
-    return encode
+    # Of the template's tokens the first ones are dropped once they are read.
+    dropped = pipeline.prompt_template_encode_start_idx
+    whole = PromptLimit.of(pipeline.tokenizer, TEXT_TOKENS + dropped, pipeline.prompt_template_encode.format)
+    return LimitedEncoder(
+        encode, PromptLimit(TEXT_TOKENS, lambda prompts: [length - dropped for length in whole.lengths(prompts)])
+    )

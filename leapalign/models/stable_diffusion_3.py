@@ -15,11 +15,12 @@ from diffusers import (
 from torch import Tensor
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, normal_latents, resolution_shift
-from leapalign.models.text_encoders import TextEncoder, load_pipeline
+from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, load_pipeline
 
 CLIP_TOKENS = 77
 """Length of a prompt to both CLIP encoders."""
@@ -121,11 +122,13 @@ def _clip(pipeline: Any) -> TextEncoder:
         )
         return {"clip": torch.cat(tokens, dim=-1), "pooled": torch.cat(pooled, dim=-1)}
 
-    return encode
+    # The two tokenizers differ in how they pad, and in nothing else.
+    return LimitedEncoder(encode, PromptLimit.of(pipeline.tokenizer, pipeline.tokenizer_max_length))
 
 
 def _t5(pipeline: Any, dtype: torch.dtype) -> TextEncoder:
     length = min(T5_TOKENS, pipeline.tokenizer_3.model_max_length)
-    return lambda prompts: {
-        "t5": pipeline._get_t5_prompt_embeds(list(prompts), max_sequence_length=length, dtype=dtype)
-    }
+    return LimitedEncoder(
+        lambda prompts: {"t5": pipeline._get_t5_prompt_embeds(list(prompts), max_sequence_length=length, dtype=dtype)},
+        PromptLimit.of(pipeline.tokenizer_3, length),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,33 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from leapalign.inputs.networks import read_network
+from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError, brief
 from leapalign.models.folder import read_index
 
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 """Some parts of the embeddings of prompts, see `leapalign.models.embeddings.PromptEmbeddings`."""
+
+
+@dataclass(frozen=True)
+class LimitedEncoder:
+    """A `TextEncoder` that cuts prompts, and says where."""
+
+    encode: TextEncoder
+    prompt_limit: PromptLimit
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return self.encode(prompts)
+
+
+def chat_text(tokenizer: Any, enable_thinking: bool) -> Callable[[str], str]:
+    """What a language model reads of a prompt: the ``tokenizer``'s chat template around it."""
+    return lambda prompt: tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=enable_thinking,
+    )
 
 
 SAMPLES, SAMPLE_BYTES = 64, 4096

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, normal_latents, resolution_shift
-from leapalign.models.text_encoders import TextEncoder, load_pipeline
+from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, load_pipeline
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as Z-Image's pipeline has it; a folder's tokenizer may say less."""
@@ -126,4 +127,5 @@ def _tokens(pipeline: Any) -> TextEncoder:
             "lengths": torch.tensor([len(prompt) for prompt in found]),
         }
 
-    return encode
+    text = chat_text(pipeline.tokenizer, enable_thinking=True)
+    return LimitedEncoder(encode, PromptLimit.of(pipeline.tokenizer, length, text))

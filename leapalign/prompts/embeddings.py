@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leapalign.config import Config, ModelConfig
-from leapalign.inputs.validation import UserError
+from leapalign.inputs.validation import UserError, shortened
 from leapalign.models import encode_prompts, guided, negative_prompts
 from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.prompts.cache import REMEDY, PromptCache, hash_of, hashes_in, opened, parts_in
@@ -42,7 +41,7 @@ class CachedEmbeddings:
             if missing:
                 raise UserError(
                     f"the prompt cache '{folder}' lacks {len(missing)} of {len(prompts)} prompts, the first being "
-                    f"{shorten(missing[0], 80)!r}; {REMEDY} {folder}, or set prompts.cache=null"
+                    f"{shortened(missing[0])!r}; {REMEDY} {folder}, or set prompts.cache=null"
                 )
             self._places.append([held[digest] for digest in hashes])
 
@@ -77,13 +76,13 @@ def _read(places: Sequence[Place]) -> PromptEmbeddings:
     return joined([rows[place] for place in places])
 
 
-def embeddings_of(config: Config, prompts: Sequence[str]) -> Any:
+def embeddings_of(config: Config, prompts: Sequence[str], what: str = "prompts") -> Any:
     """Those of ``prompts`` and of the negative prompt: from ``prompts.cache``, else by the text encoders.
 
-    Raises UserError where there are neither.
+    what: names ``prompts`` where a text encoder cuts some. Raises UserError where there are neither.
     """
     if config.prompts.cache is None:
-        return encode_prompts(config.model, prompts)
+        return encode_prompts(config.model, prompts, what)
     folder, model = Path(config.prompts.cache), config.model
     return guided(
         model,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from leapalign.inputs.validation import UserError, brief
+from leapalign.inputs.validation import UserError
+from leapalign.prompts import delimited, json_files
 from leapalign.prompts.tables import dataset_prompts, parquet_prompts
+from leapalign.prompts.text_files import text_lines
 
-JSON_LINES = (".jsonl", ".json")
 MOST_PROMPTS = 1_000_000
 """In one file; a list of them takes about 100 MB and an epoch's order 8 MB."""
-LONGEST_LINE = 2**16
-"""Bytes in a line of a file, or characters in a prompt: far more than text encoders read."""
+LONGEST_PROMPT = 2**16
+"""Characters: far more than text encoders read."""
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -26,10 +25,12 @@ def read_prompts(path: Path) -> list[str]:
 def iter_prompts(path: Path) -> Iterator[str]:
     """Prompts of a file, one after the other, duplicates included; only a little of the file is in memory.
 
-    ``.jsonl`` and ``.json``: an object with the key ``prompt`` a line, as GenEval has it. ``.parquet``, a folder of
-    such files, or one that `datasets` saved to disk: the column ``prompt``. Anything else: a prompt a line. Blank lines
-    are skipped. Raises UserError for a file that is missing, unreadable, empty or of more than `MOST_PROMPTS`, and for
-    a prompt that is no text, naming its place.
+    ``.jsonl`` and ``.json``: a text, or an object with the key ``prompt``, a line, as GenEval has them, or one array of
+    such, as HPDv2 has it, which is read as a whole. ``.csv`` and ``.tsv``, whose first row is names; ``.parquet``, a
+    folder of such files, or one that `datasets` saved to disk: the column ``prompt``. For other names see
+    `leapalign.prompts.columns.prompt_column`. Anything else: a prompt a line. Blank lines are skipped. Raises UserError
+    for a file that is missing, unreadable, empty or of more than `MOST_PROMPTS`, and for a prompt that is no text,
+    naming its place.
     """
     number = 0
     for number, (where, prompt) in enumerate(_found(path), start=1):
@@ -47,53 +48,21 @@ def _found(path: Path) -> Iterator[tuple[str, object]]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return parquet_prompts(path)
-    if suffix in JSON_LINES:
-        return ((where, _prompt_of(line, where)) for where, line in _lines(path))
-    return _lines(path)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are not blank, each with its place."""
-    try:
-        file = path.open("rb")
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
-        raise UserError(f"cannot read prompt file {str(path)!r}: {brief(error)}; check prompts.path") from None
-    offset = 0
-    with file:
-        for number in itertools.count(1):
-            line = file.readline(LONGEST_LINE + 1)
-            if not line:
-                return
-            if len(line) > LONGEST_LINE:
-                raise UserError(f"{path}:{number} is longer than {LONGEST_LINE:,} bytes; shorten it")
-            try:
-                # A file from Windows may begin with a byte order mark.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                where = offset + error.start
-                raise UserError(f"prompt file '{path}' is not UTF-8 at byte {where}; re-encode it") from None
-            offset += len(line)
-            if text:
-                yield f"{path}:{number}", text
-
-
-def _prompt_of(line: str, where: str) -> object:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also for numbers and nesting that Python refuses
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else brief(error)
-        raise UserError(f"{where} is not valid JSON: {reason}; correct it") from None
-    return record.get("prompt") if isinstance(record, dict) else None
+    if suffix in json_files.SUFFIXES:
+        return json_files.json_prompts(path)
+    if suffix in delimited.DELIMITERS:
+        return delimited.delimited_prompts(path)
+    return ((f"{path}:{number}", line) for number, line in text_lines(path) if line.strip())
 
 
 def _checked(prompt: object, where: str) -> str:
     text = prompt.strip() if isinstance(prompt, str) else ""
     if not text:
-        raise UserError(f'{where} has no "prompt" text; each line or row needs one, as {{"prompt": "..."}}')
+        raise UserError(f'{where} has no "prompt" text; give it one, or leave it out')
     if "\0" in text:
         raise UserError(f"{where} holds a NUL character, as no text does; check that the file is the right one")
-    if len(text) > LONGEST_LINE:
-        raise UserError(f"{where} is longer than {LONGEST_LINE:,} characters; shorten it")
+    if len(text) > LONGEST_PROMPT:
+        raise UserError(f"{where} is longer than {LONGEST_PROMPT:,} characters; shorten it")
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half a character

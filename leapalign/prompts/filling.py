@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from leapalign.config import ModelConfig
+from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.models import encoded, negative_prompts, text_dtype, text_encoders
 from leapalign.models.text_encoders import TextEncoder
 from leapalign.prompts.cache import PromptCache, hash_of
@@ -63,9 +64,11 @@ def _fill(
     cache: PromptCache, number: int, encode: TextEncoder, texts: Callable[[], Iterator[str]], wanted: set[bytes]
 ) -> set[bytes]:
     """Has the text encoder of that number encode what is missing; returns the hashes of what was not."""
+    name = f"text encoder {number + 1}"
+    warn_of_cut([(name, encode)], texts)
     held = cache.held(number) & wanted
     missing = _missing(texts(), held)
-    with tqdm(total=len(wanted) - len(held), desc=f"text encoder {number + 1}", unit="prompt") as bar:
+    with tqdm(total=len(wanted) - len(held), desc=name, unit="prompt") as bar:
         while rows := list(itertools.islice(missing, SHARD_ROWS)):
             cache.add(number, [digest for digest, _ in rows], encoded(encode, [text for _, text in rows]))
             bar.update(len(rows))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from leapalign.prompts.files import JSON_LINES
+from leapalign.prompts.json_files import SUFFIXES, json_values
 
 KEYS = ("tag", "include")
 """What tells GenEval's lines from other JSON lines with a prompt."""
@@ -18,14 +18,12 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
     path: a prompt file that `leapalign.prompts.files.read_prompts` has read.
     """
     records: list[dict[str, Any]] = []
-    if path.suffix.lower() not in JSON_LINES:
+    if path.suffix.lower() not in SUFFIXES:
         return records
-    with path.open(encoding="utf-8-sig") as file:
-        for line in filter(str.strip, file):
-            record = json.loads(line)
-            if any(key not in record for key in KEYS):
-                return []
-            records.append(record)
+    for _, record in json_values(path):
+        if not isinstance(record, dict) or any(key not in record for key in KEYS):
+            return []
+        records.append(record)
     return records
 
 

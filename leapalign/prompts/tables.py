@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from leapalign.inputs.validation import UserError, brief
+from leapalign.prompts.columns import prompt_column
 
-COLUMN = "prompt"
 ROWS_AT_ONCE = 1000
 SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")
 """What ``datasets.save_to_disk`` writes beside its Arrow files."""
 
 
 def parquet_prompts(path: Path) -> Iterator[tuple[str, object]]:
-    """The column ``prompt`` of a parquet file, each row with its place. Raises UserError where there is none."""
+    """The column of prompts of a parquet file, each row with its place. Raises UserError where there is none."""
     pyarrow, parquet = _library("pyarrow", path), _library("pyarrow.parquet", path)
     row = 0
     try:
         with parquet.ParquetFile(path) as file:
-            _require_column(file.schema_arrow.names, path)
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[COLUMN]):
+            names = file.schema_arrow.names
+            column = names[prompt_column(names, f"'{path}'")]
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
                 for prompt in batch.column(0).to_pylist():
                     row += 1
                     yield f"{path}, row {row},", prompt
@@ -31,7 +32,7 @@ def parquet_prompts(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def dataset_prompts(folder: Path) -> Iterator[tuple[str, object]]:
-    """The column ``prompt`` of a folder: saved by ``datasets.save_to_disk``, or of parquet files, by name.
+    """The column of prompts of a folder: saved by ``datasets.save_to_disk``, or of parquet files, by name.
 
     Raises UserError where there is none, and for several splits.
     """
@@ -52,9 +53,9 @@ def _saved(folder: Path) -> Iterator[tuple[str, object]]:
         found = datasets.load_from_disk(str(folder))
         if isinstance(found, datasets.DatasetDict):
             raise UserError(f"'{folder}' has the splits {', '.join(found)}; name the folder of one")
-        _require_column(found.column_names, folder)
-        for batch in found.select_columns(COLUMN).iter(ROWS_AT_ONCE):
-            for prompt in batch[COLUMN]:
+        column = found.column_names[prompt_column(found.column_names, f"'{folder}'")]
+        for batch in found.select_columns(column).iter(ROWS_AT_ONCE):
+            for prompt in batch[column]:
                 row += 1
                 yield f"{folder}, row {row},", prompt
     except UserError:
@@ -62,11 +63,6 @@ def _saved(folder: Path) -> Iterator[tuple[str, object]]:
     # What is wrong with the files' JSON arrives as these.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read dataset '{folder}' ({brief(error)}); check prompts.path") from None
-
-
-def _require_column(names: list[str], path: Path) -> None:
-    if COLUMN not in names:
-        raise UserError(f"'{path}' has no column '{COLUMN}', only {', '.join(names) or 'none'}; rename one")
 
 
 def _library(name: str, path: Path) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from leapalign.inputs.networks import read_network
+from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError, brief
 from leapalign.rewards.preprocessing import cover, normalised, unit_vectors
 from leapalign.storage.embedded import resolve
@@ -42,6 +43,15 @@ class ClipScorer(torch.nn.Module):
             "probability": 1.0,
         }[self.scale]
 
+    @property
+    def prompt_limit(self) -> PromptLimit:
+        """Of a prompt the model reads as many tokens as it has positions."""
+        return PromptLimit.of(self.tokenizer, self.model.config.text_config.max_position_embeddings, self.text)
+
+    def text(self, prompt: str) -> str:
+        """What the tokenizer is given of ``prompt``."""
+        return prompt
+
     def fit(self, images: Tensor) -> Tensor:
         """``(B, 3, S, S)`` at the model's size: short side to it (bicubic, antialiased), centre crop."""
         return cover(images, self.side)
@@ -59,9 +69,12 @@ class ClipScorer(torch.nn.Module):
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors ``(B, D)``; prompts are cut to the model's length."""
-        length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            [self.text(prompt) for prompt in prompts],
+            padding="max_length",
+            truncation=True,
+            max_length=self.prompt_limit.tokens,
+            return_tensors="pt",
         ).to(self.model.device)
         features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return unit_vectors(features.pooler_output)

@@ -9,7 +9,7 @@ import functools
 import html
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -99,9 +99,9 @@ class HPSv2Scorer(ClipScorer):
         """``(B, 3, S, S)`` at the model's size: long side to it (bicubic, antialiased), the rest black."""
         return contain(images, self.side)
 
-    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors ``(B, D)`` of the cleaned prompts."""
-        return super().embed_prompts([cleaned(prompt) for prompt in prompts])
+    def text(self, prompt: str) -> str:
+        """The `cleaned` prompt."""
+        return cleaned(prompt)
 
 
 def cleaned(prompt: str) -> str:

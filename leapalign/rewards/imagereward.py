@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
@@ -115,6 +116,10 @@ class ImageRewardScorer(nn.Module):
         self.tokenizer = tokenizer
         self.scale = scale
         self.eval().requires_grad_(False)
+
+    @property
+    def prompt_limit(self) -> PromptLimit:
+        return PromptLimit.of(self.tokenizer, MAX_TOKENS)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """``(B, 3, S, S)``: short side to the encoder's (bicubic, antialiased), centre crop, normalised."""

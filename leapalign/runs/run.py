@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from leapalign.config import Config, save_config
 from leapalign.evaluation.generate import generate
+from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.inputs.validation import UserError
 from leapalign.planning.shortage import shortage_explained
 from leapalign.prompts.embeddings import embeddings_of
@@ -43,7 +44,9 @@ class Run:
         trainer = Trainer.from_config(config)
         if watch:
             watch.warn_of_trained(trainer.prompts)
-            watch.embeddings = embeddings_of(config, watch.prompts)
+            rewards = [*((term.name, term.reward) for term in trainer.rewards), *watch.rewards.items()]
+            warn_of_cut([(f"reward {name}", one) for name, one in rewards], lambda: watch.prompts, "watch.prompts")
+            watch.embeddings = embeddings_of(config, watch.prompts, "watch.prompts")
         return cls(trainer, watch)
 
     @property

@@ -72,8 +72,8 @@ class Watch:
         return cls(config, prompts, rewards, rules)
 
     def warn_of_trained(self, trained: Sequence[str]) -> None:
-        """Warns where prompts of the watch are among those that are trained on."""
-        shared = set(self.prompts) & set(trained)
+        """Warns where prompts of the watch are among those that are trained on, whatever white space parts words."""
+        shared = set(map(_spaced, self.prompts)) & set(map(_spaced, trained))
         if shared:
             _log.warning("%d of watch.prompts are trained on, and so not held out, as '%s'", len(shared), min(shared))
 
@@ -162,6 +162,11 @@ class Watch:
             found |= {f"held_out_reward_{t.name}": scores for t, scores in zip(terms, trained, strict=True)}
         others = {name: reward(images, prompts) for name, reward in self.rewards.items()}
         return found | {f"held_out_{name}": s.to(images.device, torch.float32) for name, s in others.items()}
+
+
+def _spaced(prompt: str) -> str:
+    """One space between words, as most tokenizers have it."""
+    return " ".join(prompt.split())
 
 
 def _refuse_trained(config: Config) -> None:

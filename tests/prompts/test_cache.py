@@ -307,6 +307,8 @@ def test_commands_read_from_the_cache(tmp_path: Path, model: ModelConfig, capsys
     assert main(["evaluate", *given, cached, "--json"]) == 0
     assert capsys.readouterr().out == plain
     assert main(["generate", *given, cached, "--output", str(tmp_path / "images")]) == 0
+    spaced = ("--prompt", f" {prompts_of(2)[1]}\n", "--output", str(tmp_path / "spaced"))
+    assert main(["generate", *given, cached, *spaced]) == 0
     capsys.readouterr()
     assert main(["generate", *given, cached, "--output", str(tmp_path / "none"), "--prompt", "two cats"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
@@ -10,16 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt_files import write
 
 from leapalign.inputs.validation import UserError
 from leapalign.prompts import files
-from leapalign.prompts.files import LONGEST_LINE, iter_prompts, read_prompts
+from leapalign.prompts.files import LONGEST_PROMPT, iter_prompts, read_prompts
 from leapalign.prompts.order import PromptOrder
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def test_text_and_json_lines(tmp_path: Path) -> None:
@@ -40,13 +37,14 @@ def test_text_and_json_lines(tmp_path: Path) -> None:
         ("a.jsonl", "", "holds no prompts"),
         ("a.txt", b"caf\xe9\n", "not UTF-8 at byte 3"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "a.jsonl:2 is not valid JSON"),
-        ("a.jsonl", '{"text": "a"}\n', 'a.jsonl:1 has no "prompt"'),
-        ("a.jsonl", "[1]\n", 'a.jsonl:1 has no "prompt"'),
+        ("a.jsonl", '{"tag": "a"}\n', "a.jsonl:1 has no column 'prompt' among tag; rename one"),
+        ("a.jsonl", "{}\n", "a.jsonl:1 has no column 'prompt' among none"),
+        ("a.jsonl", "null\n", 'a.jsonl:1 has no "prompt"'),
         ("a.jsonl", '{"prompt": 3}\n', 'a.jsonl:1 has no "prompt"'),
         ("a.jsonl", '{"prompt": " "}\n', 'a.jsonl:1 has no "prompt"'),
         ("a.jsonl", '{"prompt": "a\\u0000b"}\n', "a.jsonl:1 holds a NUL character"),
         ("a.jsonl", '{"prompt": "\\ud800"}\n', "a.jsonl:1 holds half of a surrogate pair"),
-        ("a.jsonl", "[" * 50_000, "a.jsonl:1 is not valid JSON"),
+        ("a.jsonl", '{"prompt": ' + "[" * 50_000, "a.jsonl:1 is not valid JSON"),
         ("a.jsonl", "9" * 5_000, "a.jsonl:1 is not valid JSON"),
         ("a.txt", "a\nb\0c\n", "a.txt:2 holds a NUL character"),
         ("a.txt", "a\n" + "b" * 5_000_000, "a.txt:2 is longer than 65,536 bytes; shorten it"),
@@ -90,7 +88,7 @@ def test_files_are_read_line_by_line(tmp_path: Path) -> None:
 
 
 @given(content=st.binary(max_size=300) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "replace")))
-@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "tsv"])
 def test_any_bytes_are_prompts_or_one_sentence(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, content: bytes
 ) -> None:
@@ -106,8 +104,9 @@ JSON = st.recursive(
 def test_any_json_is_prompts_or_one_sentence(
     tmp_path_factory: pytest.TempPathFactory, value: Any, ascii_only: bool
 ) -> None:
-    line = json.dumps({"prompt": value}, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
-    assert_prompts_or_one_sentence(write(tmp_path_factory.getbasetemp() / "any.jsonl", line))
+    for content in ({"prompt": value}, [value, {"prompt": value}]):
+        line = json.dumps(content, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+        assert_prompts_or_one_sentence(write(tmp_path_factory.getbasetemp() / "any.jsonl", line))
 
 
 def assert_prompts_or_one_sentence(path: Path) -> None:
@@ -135,11 +134,13 @@ def test_parquet(tmp_path: Path, table: Any) -> None:
         parquet.write_table(table, tmp_path / f"{name}.parquet")
     assert read_prompts(tmp_path / "a.parquet") == ["a cat", "a dog"]
     assert read_prompts(tmp_path) == ["a cat", "a dog"] * 2
+    parquet.write_table(table.rename_columns(["caption", "tag"]), tmp_path / "c.parquet")
+    assert read_prompts(tmp_path / "c.parquet") == ["a cat", "a dog"]
     for columns, message in (
-        ({"text": ["a"]}, r"has no column 'prompt', only text; rename one"),
+        ({"tag": ["a"]}, r"has no column 'prompt' among tag; rename one"),
         ({"prompt": ["a", None]}, r'row 2, has no "prompt" text'),
         ({"prompt": [1]}, r'row 1, has no "prompt" text'),
-        ({"prompt": ["b" * (LONGEST_LINE + 1)]}, r"row 1, is longer than 65,536 characters"),
+        ({"prompt": ["b" * (LONGEST_PROMPT + 1)]}, r"row 1, is longer than 65,536 characters"),
     ):
         parquet.write_table(type(table).from_pydict(columns), tmp_path / "c.parquet")
         with pytest.raises(UserError, match=message):
@@ -170,7 +171,9 @@ def test_saved_datasets(tmp_path: Path, table: Any) -> None:
     dataset = datasets.Dataset(table)
     dataset.select([1]).save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "two")
+    dataset.rename_column("prompt", "Prompt").save_to_disk(tmp_path / "three")
     assert read_prompts(tmp_path / "one") == ["a dog"]
+    assert read_prompts(tmp_path / "three") == ["a cat", "a dog"]
     assert read_prompts(tmp_path / "two" / "train") == ["a cat", "a dog"]
     with pytest.raises(UserError, match="has the splits train, test; name the folder of one"):
         read_prompts(tmp_path / "two")
@@ -190,9 +193,15 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.prompt_files
 @pytest.mark.parametrize(("pattern", "count"), [("geneval*.jsonl", 553), ("hpdv2*.txt", 400)])
-def test_prompts_of_the_benchmarks(pattern: str, count: int) -> None:
+def test_prompts_of_the_benchmarks(pattern: str, count: int, tmp_path: Path) -> None:
     (path,) = Path(os.environ["LEAPALIGN_PROMPT_FILES"]).glob(pattern)
-    assert len(read_prompts(path)) == count
+    prompts = read_prompts(path)
+    assert len(prompts) == count
+    assert read_prompts(write(tmp_path / "a.json", json.dumps(prompts))) == prompts
+    for name, dialect in (("a.csv", "excel"), ("a.tsv", "excel-tab")):
+        with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, dialect).writerows([["Prompts", "Category"], *((prompt, "") for prompt in prompts)])
+        assert read_prompts(tmp_path / name) == prompts
 
 
 def test_order_visits_every_prompt_once_an_epoch_in_changing_order() -> None:

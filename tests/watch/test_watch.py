@@ -212,7 +212,7 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(
 
 def test_prompts_that_are_trained_on_are_told(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shared = tmp_path / "prompts.txt"
-    shared.write_text(f"{PROMPTS[1]}\n{HELD_OUT[0]}")
+    shared.write_text(f"{PROMPTS[1].replace(' ', '  ')}\n{HELD_OUT[0]}")
     with caplog.at_level(logging.WARNING, "leapalign"):
         Run.from_config(watched(parts, tmp_path / "run", f"watch.prompts={shared}"))
     assert f"1 of watch.prompts are trained on, and so not held out, as '{PROMPTS[1]}'" in caplog.text
