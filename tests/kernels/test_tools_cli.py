@@ -33,13 +33,20 @@ def test_explain_says_what_the_library_says(capsys) -> None:
     assert "PyTorch" in capsys.readouterr().out
 
 
+def test_one_op_can_be_named(capsys) -> None:
+    for command in ("list", "explain"):
+        assert [line["op"] for line in printed(capsys, command, "euler_step", "--json")] == ["euler_step"]
+
+
 def test_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "leap_kernels", "list"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "leap_update" in done.stdout
 
 
-@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["bench", "--op", "no_such_op"], ["export"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["no-such-command"], ["bench", "--op", "no"], ["explain", "no"], ["export"]]
+)
 def test_bad_arguments_end_with_code_two(argv: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(argv)
