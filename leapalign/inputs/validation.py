@@ -85,6 +85,13 @@ def _sentence(error: ValidationError) -> str:
     reason = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] in ("missing", "missing_argument"):
         return f"'{key}' is missing; add it"
-    if key and first["type"] in ("dataclass_type", "dict_type"):
-        return f"'{key}' is {shortened(repr(first['input']))}, and needs keys of its own; see leapalign config"
-    return f"'{key}' is {shortened(repr(first['input']))}: {reason[0].lower()}{reason[1:]}" if key else reason
+    if not key:
+        return reason
+    if first["input"] is None:
+        return f"'{key}' is empty, as ~ and null are; give it a value, or leave it out"
+    given = f"'{key}' is {shortened(repr(first['input']))}"
+    if first["type"] == "tuple_type":
+        return f"{given}, and a list is needed; write [{shortened(str(first['input']))}]"
+    if first["type"] in ("dataclass_type", "dict_type"):
+        return f"{given}, and needs keys of its own; see leapalign config"
+    return f"{given}: {reason[0].lower()}{reason[1:]}"

@@ -44,9 +44,7 @@ def test_runs_as_a_module() -> None:
     assert "leap_update" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["no-such-command"], ["bench", "--op", "no"], ["explain", "no"], ["export"]]
-)
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["bench", "--op", "no"], ["explain", "no"], ["export"]])
 def test_bad_arguments_end_with_code_two(argv: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(argv)
