@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -36,6 +37,15 @@ def test_explain_says_what_the_library_says(capsys) -> None:
 def test_one_op_can_be_named(capsys) -> None:
     for command in ("list", "explain"):
         assert [line["op"] for line in printed(capsys, command, "euler_step", "--json")] == ["euler_step"]
+
+
+def test_a_closed_pipe_ends_a_command_quietly(monkeypatch, capsys) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["list"]) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_runs_as_a_module() -> None:
