@@ -30,6 +30,7 @@ from torch import Tensor
 from benchmarks.tables import markdown
 from leapalign.cli.doctor import diagnose
 from leapalign.config import Config, load_config
+from leapalign.inputs.paths import path_argument
 from leapalign.inputs.validation import UserError, brief
 from leapalign.memory.residency import Stage, watched
 from leapalign.memory.transfer import Lane, pinned
@@ -192,7 +193,7 @@ def _stages(step: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("profile", PROFILE), ("output", Path("gpu_report.json"))):
-        parser.add_argument(f"--{name}", type=Path, default=default)
+        parser.add_argument(f"--{name}", type=path_argument, default=default)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_report: PyTorch finds no GPU here; run this on a machine that has one", file=sys.stderr)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from leap_kernels import consistency_weighted_loss, leap_update, scale_gradient
 
 from leapalign.config import load_config
+from leapalign.inputs.paths import path_argument
 from leapalign.memory.residency import made_for, stage
 from leapalign.models.velocity import prompted_velocity
 from leapalign.planning.simulate import Simulation, simulate
@@ -81,6 +81,6 @@ def measure(config: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=path_argument)
     arguments, overrides = parser.parse_known_args()
     print(json.dumps({"profile": arguments.config.stem} | measure(load_config(arguments.config, overrides))))

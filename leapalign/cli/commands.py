@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from leapalign.runs.run import Run
 
 PROMPT_CACHE = "runs/prompt_cache"
-DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
 
 def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.config import load_config
+    from leapalign.config.profiles import profiles
     from leapalign.reports.pages import text_table
     from leapalign.runs.opening import opened_run, unused_folder
     from leapalign.tiny.demo import run_demo, summary
     from leapalign.tiny.demo_report import HEADER, figures, write_report
 
     started = time.perf_counter()
-    config = load_config(DEMO_CONFIG, overrides)
+    config = load_config(profiles()["tiny"], overrides)
     config = dataclasses.replace(config, output=str(unused_folder(Path(config.output))))
     with opened_run(config, resume=False) as run:
         comparison = run_demo(run.trainer, lambda: _train(run))
@@ -83,7 +83,7 @@ def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config
 
     if path is None:
         if run is None:
-            raise UserError("name a config with --config, such as configs/tiny.yaml")
+            raise UserError("name a config with --config, a file or one that leapalign configs lists, such as tiny")
         path = run / "config.yaml"
         if not path.exists():
             raise UserError(f"'{run}' is not a run folder: it has no config.yaml; check the path")

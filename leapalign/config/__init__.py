@@ -1,6 +1,6 @@
 """The run's configuration: one YAML file, validated into dataclasses, any key overridable as ``section.key=value``."""
 
-from leapalign.config.files import load_config, override, read_config, save_config
+from leapalign.config.files import config_from, load_config, override, read_config, save_config
 from leapalign.config.sections import (
     HOST_OPTIMIZERS,
     CheckpointConfig,
@@ -33,6 +33,7 @@ __all__ = [
     "SamplesConfig",
     "TrainConfig",
     "WatchConfig",
+    "config_from",
     "load_config",
     "override",
     "read_config",

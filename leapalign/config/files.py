@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from leapalign.config.names import known_as
+from leapalign.config.profiles import config_file
 from leapalign.config.sections import Config
 from leapalign.inputs.validation import UserError, brief, shortened, validated
 from leapalign.inputs.yaml_values import LONGEST, yaml_values
@@ -16,7 +18,8 @@ from leapalign.storage.durable import write_text
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The mapping in the YAML file at ``path``. Raises UserError where there is none."""
+    """The mapping in the YAML file at ``path``, or of the profile called so. Raises UserError where there is none."""
+    path = config_file(path)
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(LONGEST + 1)
@@ -26,7 +29,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read config '{path}': {brief(error)}; check --config") from None
     values = yaml_values(text, f"config '{path}'")
     if not isinstance(values, dict):
-        raise UserError(f"config '{path}' must be a mapping of keys to values, see configs/tiny.yaml")
+        raise UserError(f"config '{path}' must be a mapping of keys to values, see leapalign configs tiny")
     return values
 
 
@@ -48,8 +51,16 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
 
 
 def load_config(path: Path, assignments: Sequence[str] = ()) -> Config:
-    """The validated config in ``path`` with overrides applied. Raises UserError."""
-    return validated(Config, override(read_config(path), assignments), str(path))
+    """The validated config in ``path``, or the profile called so, with overrides applied. Raises UserError."""
+    return config_from(override(read_config(path), assignments), str(path))
+
+
+def config_from(values: Mapping[str, Any], where: str) -> Config:
+    """The validated config of ``values``; ``where`` names their place.
+
+    Raises UserError as `validated`; for a key that is elsewhere, or has another name here, it says which.
+    """
+    return validated(Config, values, where, known_as)
 
 
 def save_config(config: Config, path: Path) -> None:

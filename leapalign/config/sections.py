@@ -18,12 +18,13 @@ from leapalign.inputs.bounds import (
     PositiveInt,
     Steps,
 )
+from leapalign.inputs.paths import PathText
 from leapalign.inputs.validation import shortened
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: str = "embedded:base"
+    path: PathText = "embedded:base"
     """Folder in diffusers layout, hub id, or ``embedded:base`` for the tiny model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights, and of the arithmetic in the transformer and the decoder; latents are float32."""
@@ -32,6 +33,7 @@ class ModelConfig:
     true_cfg_scale: NonNegativeFloat = 1.0
     """Classifier-free guidance, ``v_negative + scale (v_prompt - v_negative)``; 1: off, one velocity a step."""
     negative_prompt: str = ""
+    """What images should not show, with ``true_cfg_scale`` above 1."""
     true_cfg_batched: bool = True
     """Both velocities in one forward; false: one after the other, which halves the activations."""
     compile: bool = False
@@ -41,16 +43,17 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = ()
     """How the names of adapted linear layers end; empty: all in the blocks but for modulation."""
     height: Pixels = 32
+    """Of images, in pixels."""
     width: Pixels = 32
-    """Image size in pixels."""
+    """Of images, in pixels."""
 
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    path: str = "embedded:training_prompts.txt"
+    path: PathText = "embedded:training_prompts.txt"
     """Text file with one prompt a line, JSON lines with a ``prompt`` key, parquet file or dataset folder with a
     ``prompt`` column."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Folder that ``leapalign cache`` filled: embeddings come from there, and no text encoder is loaded."""
 
 
@@ -78,10 +81,13 @@ class OptimizerConfig:
     beta2: Decay = 0.999
     """Of the second moments; adafactor's is ``1 - n^-0.8`` at step n."""
     weight_decay: NonNegativeFloat = 1e-4
+    """Share of a weight that a step takes off it, times the learning rate."""
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """Of the learning rate over the run; the last two fall to 0."""
     warmup_iterations: NonNegativeInt = 0
+    """Iterations in which the learning rate rises from 0; not for ``constant``."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class EmaConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     iterations: PositiveInt = 300
+    """Optimizer steps of the run."""
     batch_size: Images = 32
     """Images per optimizer step."""
     microbatch: PositiveInt | None = None
@@ -144,6 +151,7 @@ class SamplesConfig:
     every: PositiveInt = 50
     """Iterations between sample grids (same prompts and seeds every time)."""
     count: Images = 24
+    """Images in a grid."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ class EvaluateConfig:
 class WatchConfig:
     every: NonNegativeInt = 0
     """Iterations between measurements on held-out prompts, see docs/watch.md; 0: never."""
-    prompts: str | None = None
+    prompts: PathText | None = None
     """File of the held-out prompts, such as ``prompts.path`` takes."""
     seeds: Annotated[int, Field(ge=2)] = 2
     """Images of each held-out prompt."""
@@ -174,9 +182,10 @@ class WatchConfig:
 
 @dataclass(frozen=True)
 class Config:
-    output: str = "runs/leapalign"
+    output: PathText = "runs/leapalign"
     """The run folder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Every random number of a run follows from it."""
     threshold: FiniteFloat = 0.55
     """``lambda`` of the loss: an image whose reward lies above it carries no gradient."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -50,31 +50,48 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; valid are: {', '.join(options)}"
 
 
-def validated(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def validated(
+    cls: type[T], values: Mapping[str, Any], where: str, known_as: Callable[[str], str | None] = lambda _: None
+) -> T:
     """The dataclass ``cls`` from ``values``, types and ranges checked; ``where`` names their place.
 
-    Raises UserError for an unknown key (naming the nearest valid one), a missing key, a wrong type or range.
+    known_as: what to write for an unknown key, where that is known. Raises UserError for an unknown key (naming the
+    nearest valid one), a missing key, a wrong type or range.
     """
-    _refuse_unknown_keys(cls, values, where)
+    _refuse_unknown_keys(cls, values, where, known_as)
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
         raise UserError(f"{where}: {_sentence(error)}") from None
 
 
-def _refuse_unknown_keys(cls: type[Any], values: Mapping[str, Any], where: str, section: str = "") -> None:
+def _refuse_unknown_keys(
+    cls: type[Any], values: Mapping[str, Any], where: str, known_as: Callable[[str], str | None], section: str = ""
+) -> None:
     fields = {field.name: field.default_factory for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
-            raise UserError(f"{where}: unknown key '{section}{shortened(str(key))}'{did_you_mean(str(key), fields)}")
+            known = known_as(str(key))
+            advice = f"; {known}" if known else did_you_mean(str(key), fields)
+            raise UserError(f"{where}: unknown key '{section}{shortened(str(key))}'{advice}")
         if dataclasses.is_dataclass(fields[key]) and isinstance(value, Mapping):
-            _refuse_unknown_keys(cast(type[Any], fields[key]), value, where, f"{section}{key}.")
+            _refuse_unknown_keys(cast(type[Any], fields[key]), value, where, known_as, f"{section}{key}.")
 
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    # Pydantic names the alternatives of a type, such as dict[str,any], in the place of a key, too.
+    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
     reason = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] in ("missing", "missing_argument"):
         return f"'{key}' is missing; add it"
-    return f"'{key}' is {shortened(repr(first['input']))}: {reason[0].lower()}{reason[1:]}" if key else reason
+    if not key:
+        return reason
+    if first["input"] is None:
+        return f"'{key}' is empty, as ~ and null are; give it a value, or leave it out"
+    given = f"'{key}' is {shortened(repr(first['input']))}"
+    if first["type"] == "tuple_type":
+        return f"{given}, and a list is needed; write [{shortened(str(first['input']))}]"
+    if first["type"] in ("dataclass_type", "dict_type"):
+        return f"{given}, and needs keys of its own; see leapalign config"
+    return f"{given}: {reason[0].lower()}{reason[1:]}"

@@ -25,6 +25,7 @@ class FlowBPBridge(SurrogateMethod):
     alpha: NonNegativeFloat = 0.1
     """Discount at j."""
     late_bias: NonNegativeFloat = 2.0
+    """The n-th step of a side is drawn with weight ``n ** late_bias``; 0: all alike."""
     rescale: NonNegativeFloat = 1.0
     """rho of the paper: how far coefficients grow to make up for the steps left out."""
 

@@ -15,11 +15,12 @@ from leapalign.surrogate import SurrogatePlan
 
 @dataclass(frozen=True)
 class FlowBPSparse(SurrogateMethod):
-    """``active_steps`` Euler steps, drawn without replacement, step i with weight ``(i + 1) ** late_bias``."""
+    """``active_steps`` Euler steps, drawn without replacement."""
 
     active_steps: Steps = 3
     """K of the paper."""
     late_bias: NonNegativeFloat = 2.0
+    """Step i is drawn with weight ``(i + 1) ** late_bias``; 0: all alike."""
     rescale: NonNegativeFloat = 1.0
     """rho of the paper: how far coefficients grow to make up for the steps left out."""
 

@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from leapalign.config import Config, override
-from leapalign.inputs.validation import UserError, validated
+from leapalign.config import Config, config_from, override
+from leapalign.inputs.validation import UserError
 from leapalign.memory.residency import Stage, watched
 from leapalign.planning.simulate import Simulation, gib, simulate
 from leapalign.trainer import Trainer
@@ -90,7 +90,7 @@ class _Search:
         self._found: dict[tuple[str, Stage | None], Simulation] = {}
 
     def applied(self, settings: Settings) -> Config:
-        return validated(Config, override(dataclasses.asdict(self._config), settings), "memory --auto")
+        return config_from(override(dataclasses.asdict(self._config), settings), "memory --auto")
 
     def simulated(self, settings: Settings, end: Stage | None = None) -> Simulation:
         """Of an iteration up to the stage ``end``; None: of a whole one."""

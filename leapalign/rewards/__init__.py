@@ -47,14 +47,17 @@ def reward_terms(config: Config, make: Callable[..., RewardFn] = get_reward) -> 
 
     They are called as `reward_names` says. Raises UserError as `get_reward`.
     """
-    named: list[tuple[str, _Share, dict[str, Any]]] = []
+    named: list[tuple[str, Share, dict[str, Any]]] = []
     # All are checked before the first is loaded.
     for name, settings in zip(reward_names(config.rewards), config.rewards, strict=True):
-        options = {"threshold": config.threshold, "weight": 1.0, **settings}
-        said = validated(_Share, {key: options.pop(key) for key in ("threshold", "weight")}, "reward")
+        options = dict(settings)
+        said = validated(Share, {key: options.pop(key) for key in ("threshold", "weight") if key in options}, "reward")
         _settings(**options)
         named.append((name, said, options))
-    return [RewardTerm(name, make(**options), said.threshold, said.weight) for name, said, options in named]
+    return [
+        RewardTerm(name, make(**options), config.threshold if said.threshold is None else said.threshold, said.weight)
+        for name, said, options in named
+    ]
 
 
 def reward_names(rewards: Sequence[dict[str, Any]]) -> list[str]:
@@ -65,9 +68,13 @@ def reward_names(rewards: Sequence[dict[str, Any]]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Share:
-    threshold: FiniteFloat
-    weight: PositiveFloat
+class Share:
+    """What part a reward has in training: the options that all have."""
+
+    threshold: FiniteFloat | None = None
+    """An image whose reward lies above it carries no gradient of this one; null: the config's ``threshold``."""
+    weight: PositiveFloat = 1.0
+    """Its part of the loss is so many times the method's."""
 
 
 def simulated_reward(name: str, **options: Any) -> nn.Module:

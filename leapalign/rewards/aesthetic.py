@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from leapalign.inputs.networks import read_network
+from leapalign.inputs.paths import PathText
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import find_file, load_tensors, read_tensors
 from leapalign.rewards.preprocessing import cover, normalised, unit_vectors
@@ -26,15 +27,15 @@ HEAD = {"0": 1024, "2": 128, "4": 64, "6": 16, "7": 1}
 
 @dataclass(frozen=True)
 class Aesthetic:
-    """How much people like the look of an image, about 1 to 10, whatever the prompt.
+    """How much people like the look of an image, about 1 to 10, whatever the prompt."""
 
-    path: the head, ``sac+logos+ava1-l14-linearMSE.pth`` of the repository improved-aesthetic-predictor, its folder, or
-    a hub id. tower: folder or hub id of the CLIP model. dtype: of the tower; the head is in float32.
-    """
-
-    path: str
-    tower: str = "openai/clip-vit-large-patch14"
+    path: PathText
+    """The head, ``sac+logos+ava1-l14-linearMSE.pth`` of the repository improved-aesthetic-predictor, its folder, or a
+    hub id."""
+    tower: PathText = "openai/clip-vit-large-patch14"
+    """Folder or hub id of the CLIP model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the tower; the head is in float32."""
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read or do not fit together."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from leapalign.inputs.paths import PathText
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.clip_scorer import ClipScorer, read_clip
 from leapalign.rewards.simulated import VIT_L_14, clip_config, simulated_clip
@@ -14,16 +15,16 @@ from leapalign.rewards.simulated import VIT_L_14, clip_config, simulated_clip
 
 @dataclass(frozen=True)
 class CLIPScore:
-    """Cosine of image and prompt embeddings, not cut off at zero.
+    """Cosine of image and prompt embeddings, not cut off at zero."""
 
-    path: folder or hub id of the CLIP model. processor: of its tokenizer and image processor, default ``path``.
-    scale: ``x100``, 100 times the cosine (20 to 40, as printed), or ``cosine``.
-    """
-
-    path: str = "openai/clip-vit-large-patch14"
-    processor: str | None = None
+    path: PathText = "openai/clip-vit-large-patch14"
+    """Folder or hub id of the CLIP model."""
+    processor: PathText | None = None
+    """Folder or hub id of its tokenizer and image processor; null: ``path``."""
     scale: Literal["cosine", "x100"] = "x100"
+    """``x100``: 100 times the cosine (20 to 40, as printed)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's weights and arithmetic."""
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read."""

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from leapalign.inputs.paths import PathText
 from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
 
 
 @dataclass(frozen=True)
 class Custom:
-    """``function``, as ``package.module:name``: ``(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``.
+    """A function of your own, ``(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``.
 
     It must be differentiable in the images, sample by sample. A ``torch.nn.Module`` is moved to the device; an
     attribute ``highest`` says what no score exceeds.
     """
 
-    function: str
+    function: PathText
+    """``package.module:name``, or ``path/to/file.py:name``."""
 
     def load(self) -> RewardFn:
         """The callable, as an `OwnReward`. Raises UserError where it cannot be imported, or cannot be called so."""
-        module, separator, name = self.function.partition(":")
+        module, separator, name = self.function.rpartition(":")
         if not (module and separator and name):
-            raise UserError(f"reward.function '{self.function}' must read package.module:function")
+            raise UserError(
+                f"reward.function '{self.function}' must read package.module:function, or path/to/file.py:function"
+            )
         try:
-            found = getattr(importlib.import_module(module), name)
+            found = getattr(_from_file(module) if module.endswith(".py") else importlib.import_module(module), name)
         except Exception as error:  # whatever the user's module raises
             raise UserError(
                 f"cannot import reward.function '{self.function}' ({type(error).__name__}: {brief(error)}); correct "
@@ -52,6 +58,17 @@ class Custom:
         except ValueError:  # some built-in functions do not say what they take
             pass
         return OwnReward(found, self.function)
+
+
+def _from_file(file: str) -> ModuleType:
+    """The module in ``file``, under a name of its own, by which its dataclasses find it."""
+    name = f"leapalign_custom_{Path(file).stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None  # as there is for every .py
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class OwnReward(nn.Module):

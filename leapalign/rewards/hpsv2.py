@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from leapalign.inputs.paths import PathText
 from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
@@ -57,15 +58,14 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class HPSv2:
-    """Cosine of image and prompt embeddings, about 0.25 to 0.42 for HPSv2.1.
+    """Cosine of image and prompt embeddings, about 0.25 to 0.42 for HPSv2.1."""
 
-    path: ``HPS_v2.1_compressed.pt`` or a safetensors copy with the same keys, its folder, or a hub id. processor:
-    folder or hub id of CLIP's tokenizer.
-    """
-
-    path: str = "xswu/HPSv2"
-    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    path: PathText = "xswu/HPSv2"
+    """``HPS_v2.1_compressed.pt`` or a safetensors copy with the same keys, its folder, or a hub id."""
+    processor: PathText = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    """Folder or hub id of CLIP's tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's weights and arithmetic."""
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read or do not fit together."""

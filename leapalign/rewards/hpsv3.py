@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from leapalign.inputs.paths import PathText
 from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
@@ -36,16 +37,15 @@ HEAD = {"0": 1024, "3": 16, "5": 2}
 
 @dataclass(frozen=True)
 class HPSv3:
-    """Mean (mu) of HPSv3's score for image and prompt; unbounded, higher is better.
+    """Mean (mu) of HPSv3's score for image and prompt; unbounded, higher is better."""
 
-    path: ``HPSv3.safetensors``, its folder, or a hub id. base: folder or hub id of Qwen2-VL's ``config.json`` and
-    tokenizer, its weights are not read; default the checkpoint's folder where that holds a ``config.json``, else the
-    model HPSv3 began as. The head is in float32 whatever ``dtype``.
-    """
-
-    path: str = "MizzenAI/HPSv3"
-    base: str | None = None
+    path: PathText = "MizzenAI/HPSv3"
+    """``HPSv3.safetensors``, its folder, or a hub id."""
+    base: PathText | None = None
+    """Folder or hub id of Qwen2-VL's ``config.json`` and tokenizer, its weights are not read; null: the checkpoint's
+    folder where that holds a ``config.json``, else the model HPSv3 began as."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of Qwen2-VL; the head is in float32."""
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read or do not fit together."""

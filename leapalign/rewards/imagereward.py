@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from leapalign.inputs.paths import PathText
 from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
@@ -66,17 +67,17 @@ UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.
 
 @dataclass(frozen=True)
 class ImageReward:
-    """Score of ImageReward for image and prompt.
+    """Score of ImageReward for image and prompt."""
 
-    path: ``ImageReward.pt``, its folder, or a hub id; ``med_config.json``, the text encoder's sizes, lies beside it.
-    tokenizer: folder or hub id of BERT's tokenizer. scale: ``standard`` (about -2 to 2, as its package prints) or
-    ``raw``, the network's output, ``standard * 1.03334 + 0.16717``.
-    """
-
-    path: str = "THUDM/ImageReward"
-    tokenizer: str = "bert-base-uncased"
+    path: PathText = "THUDM/ImageReward"
+    """``ImageReward.pt``, its folder, or a hub id; ``med_config.json``, the text encoder's sizes, lies beside it."""
+    tokenizer: PathText = "bert-base-uncased"
+    """Folder or hub id of BERT's tokenizer."""
     scale: Literal["raw", "standard"] = "standard"
+    """``standard``: about -2 to 2, as its package prints; ``raw``: the network's output,
+    ``standard * 1.03334 + 0.16717``."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's weights and arithmetic."""
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read or do not fit together."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from leapalign.inputs.paths import PathText
 from leapalign.inputs.validation import UserError
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.clip_scorer import ClipScorer, read_clip
@@ -15,18 +16,18 @@ from leapalign.rewards.simulated import VIT_H_14, clip_config, simulated_clip
 
 @dataclass(frozen=True)
 class PickScore:
-    """Cosine of image and prompt embeddings.
+    """Cosine of image and prompt embeddings."""
 
-    path: folder or hub id of the CLIP model. processor: of its tokenizer and image processor, default ``path``.
-    scale: ``cosine`` (about 0.2 for PickScore; what the papers' thresholds refer to); ``logit`` (cosine times the
-    model's ``exp(logit_scale)``, about 100: the 20-24 that papers print); or ``probability``,
-    ``sigmoid(logit + logit_bias)``, for models whose config holds a ``logit_bias``.
-    """
-
-    path: str = "yuvalkirstain/PickScore_v1"
-    processor: str | None = None
+    path: PathText = "yuvalkirstain/PickScore_v1"
+    """Folder or hub id of the CLIP model."""
+    processor: PathText | None = None
+    """Folder or hub id of its tokenizer and image processor; null: ``path``."""
     scale: Literal["cosine", "logit", "probability"] = "cosine"
+    """``cosine``: about 0.2 for PickScore, what the papers' thresholds refer to; ``logit``: cosine times the model's
+    ``exp(logit_scale)``, about 100, the 20-24 that papers print; ``probability``: ``sigmoid(logit + logit_bias)``, for
+    models whose config holds a ``logit_bias``."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's weights and arithmetic."""
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read."""

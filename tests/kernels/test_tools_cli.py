@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -33,13 +34,27 @@ def test_explain_says_what_the_library_says(capsys) -> None:
     assert "PyTorch" in capsys.readouterr().out
 
 
+def test_one_op_can_be_named(capsys) -> None:
+    for command in ("list", "explain"):
+        assert [line["op"] for line in printed(capsys, command, "euler_step", "--json")] == ["euler_step"]
+
+
+def test_a_closed_pipe_ends_a_command_quietly(monkeypatch, capsys) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["list"]) == 141
+    assert capsys.readouterr().err == ""
+
+
 def test_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "leap_kernels", "list"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "leap_update" in done.stdout
 
 
-@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["bench", "--op", "no_such_op"], ["export"]])
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["bench", "--op", "no"], ["explain", "no"], ["export"]])
 def test_bad_arguments_end_with_code_two(argv: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(argv)

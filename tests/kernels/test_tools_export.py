@@ -125,9 +125,12 @@ def test_import_that_a_kernel_may_not_have_is_refused(line: str, tmp_path: Path)
         collect(tmp_path)
 
 
-def test_used_folder_is_refused(tmp_path: Path, capsys) -> None:
+def test_used_folder_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "mine.txt").write_text("keep")
-    assert main(["export", str(tmp_path)]) == 2
+    for folder in (str(tmp_path), "~"):
+        assert main(["export", folder]) == 2
     assert main(["export", str(tmp_path / "mine.txt")]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -139,6 +139,22 @@ def test_custom_is_the_callable(own_module: str) -> None:
     assert torch.equal(reward(images, PROMPTS), images.mean(dim=(1, 2, 3)))
 
 
+def test_custom_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a dataclass, which looks for its module by name."""
+    lines = ["from __future__ import annotations", "import dataclasses", "", "@dataclasses.dataclass", "class Half:"]
+    lines += ["    factor: float = 0.5", "    def __call__(self, images, prompts):"]
+    lines += ["        return self.factor * images.mean(dim=(1, 2, 3))", "", "half = Half()"]
+    (tmp_path / "own.py").write_text("\n".join(lines))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    images = smooth_images(8, 8)
+    expected = images.mean(dim=(1, 2, 3)) / 2
+    for function in ("~/own.py:half", f"{tmp_path}/own.py:half"):
+        torch.testing.assert_close(get_reward("custom", function=function)(images, PROMPTS), expected)
+    with pytest.raises(UserError, match=r"FileNotFoundError: .*none\.py"):
+        get_reward("custom", function="~/none.py:half")
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

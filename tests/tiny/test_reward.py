@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from leapalign.cli.commands import DEMO_CONFIG
 from leapalign.config import load_config
+from leapalign.config.profiles import profiles
 from leapalign.rewards import get_reward
 from leapalign.tiny import train_reward
 from leapalign.tiny.disturbance import DRIFT, Disturbance, every_token, worth
@@ -118,7 +118,7 @@ def test_following_the_shipped_gradient_leads_towards_the_prompt() -> None:
     rng = random.Random(0)
     prompts = [p for p in balanced_prompts(all_prompts(), 120) if p.family != "position"]
     start = torch.from_numpy(np.stack([render(draw_scene(hard_negative(p, rng), rng)) for p in prompts]))
-    demo = load_config(DEMO_CONFIG)
+    demo = load_config(profiles()["tiny"])
     reward, texts = get_reward(**demo.reward), [p.text for p in prompts]
     images = start
     for _ in range(20):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from . import audit, bench, export, listing
 from .report import ToolError
+
+CLOSED_PIPE = 141
+"""The exit code that a shell gives a process that SIGPIPE ended."""
 
 
 def main(argv: Sequence[str] | None = None, program: str = "leap_kernels") -> int:
@@ -15,6 +19,18 @@ def main(argv: Sequence[str] | None = None, program: str = "leap_kernels") -> in
 
     `program` is how usage and error messages call it.
     """
+    try:
+        try:
+            return _run(argv, program)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output has enough of it. What the interpreter flushes at its end must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+def _run(argv: Sequence[str] | None, program: str) -> int:
     parser = argparse.ArgumentParser(prog=program, description="Kernels for flow-matching trainers: tools.")
     commands = parser.add_subparsers(dest="command", required=True)
     for tool in (listing, bench, audit, export):

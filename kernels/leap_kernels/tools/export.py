@@ -12,6 +12,7 @@ import ast
 import base64
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,9 @@ def add_commands(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export into the folder, and name it."""
-    export(arguments.folder)
-    print(f"{arguments.folder}: {NAME} version {VERSION} for {', '.join(BACKENDS)}")
+    folder = Path(os.path.expanduser(arguments.folder))
+    export(folder)
+    print(f"{folder}: {NAME} version {VERSION} for {', '.join(BACKENDS)}")
     return 0
 
 

@@ -18,26 +18,28 @@ def add_commands(commands: Any) -> None:
         ("explain", explain_ops, "the backend that each op would use on this machine, and why"),
     ):
         parser = commands.add_parser(name, help=purpose)
+        parser.add_argument("op", nargs="?", choices=[op.name for op in OPS], metavar="OP", help="only this op")
         parser.add_argument("--json", action="store_true", help="print one JSON object a line")
         parser.set_defaults(execute=execute)
 
 
 def list_ops(arguments: argparse.Namespace) -> int:
-    """Print every op of the catalog."""
+    """Print every op of the catalog, or one."""
     ops = [{"op": op.name, "formula": op.formula, "kernels": [spec.name for spec in op.kernels]} for op in OPS]
-    _show(arguments.json, ops, ("op", "formula", "kernels"))
+    _show(arguments, ops, ("op", "formula", "kernels"))
     return 0
 
 
 def explain_ops(arguments: argparse.Namespace) -> int:
-    """Print what `leap_kernels.explain` says."""
+    """Print what `leap_kernels.explain` says, of every op or of one."""
     ops = [{"op": e.op, "backend": e.backend, "reason": e.reason} for e in explain()]
-    _show(arguments.json, ops, ("op", "backend", "reason"))
+    _show(arguments, ops, ("op", "backend", "reason"))
     return 0
 
 
-def _show(as_json: bool, ops: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    if as_json:
+def _show(arguments: argparse.Namespace, ops: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    ops = [op for op in ops if arguments.op in (None, op["op"])]
+    if arguments.json:
         for op in ops:
             print(json.dumps(op))
         return
