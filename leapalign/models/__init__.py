@@ -22,6 +22,7 @@ from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
 from leapalign.models.text_encoders import TextEncoder
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.models.z_image import ZImageModel
+from leapalign.reports.progress import progress
 from leapalign.storage.embedded import resolve
 
 FAMILIES: dict[str, Family] = {
@@ -39,7 +40,9 @@ ENCODED_AT_ONCE = 16
 
 def load_model(config: ModelConfig) -> FlowModel:
     """The model that ``config`` names, with its weights. Raises UserError where it cannot be read."""
-    model = assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
+    with progress("load the model", 1, "model") as bar:
+        model = assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
+        bar.update()
     if config.lora_rank:
         add_adapter(model.transformer, config)
     if config.compile:
@@ -106,15 +109,20 @@ def text_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def encoded(encode: TextEncoder, prompts: Sequence[str]) -> PromptEmbeddings:
-    """What ``encode`` makes of ``prompts``, in host memory."""
-    batches = [prompts[start : start + ENCODED_AT_ONCE] for start in range(0, len(prompts), ENCODED_AT_ONCE)]
-    return joined([PromptEmbeddings(encode(batch)).to(torch.device("cpu")) for batch in batches])
+def encoded(encode: TextEncoder, prompts: Sequence[str]) -> Iterator[PromptEmbeddings]:
+    """What ``encode`` makes of ``prompts``, some at a time, in host memory."""
+    for start in range(0, len(prompts), ENCODED_AT_ONCE):
+        yield PromptEmbeddings(encode(prompts[start : start + ENCODED_AT_ONCE])).to(torch.device("cpu"))
 
 
 def _encoded(config: ModelConfig, prompts: Sequence[str]) -> PromptEmbeddings:
     parts: dict[str, torch.Tensor] = {}
-    for encode in text_encoders(config, torch.device("cpu")):
-        parts |= encoded(encode, prompts).parts
+    for number, encode in enumerate(text_encoders(config, torch.device("cpu")), start=1):
+        made = []
+        with progress(f"encode the prompts, text encoder {number}", len(prompts), "prompt") as bar:
+            for batch in encoded(encode, prompts):
+                made.append(batch)
+                bar.update(len(batch))
+        parts |= joined(made).parts
         del encode  # or two encoders would be there at once
     return PromptEmbeddings(parts)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from leapalign.config import ModelConfig
 from leapalign.models import encoded, negative_prompts, text_dtype, text_encoders
+from leapalign.models.embeddings import joined
 from leapalign.models.text_encoders import TextEncoder
 from leapalign.prompts.cache import PromptCache, hash_of
 from leapalign.prompts.files import iter_prompts
+from leapalign.reports.progress import progress
 
 SHARD_ROWS = 64
 """Prompts in a shard, and the most whose encoding a kill undoes: 256 MiB of FLUX.1's."""
@@ -65,9 +66,9 @@ def _fill(
     """Has the text encoder of that number encode what is missing; returns the hashes of what was not."""
     held = cache.held(number) & wanted
     missing = _missing(texts(), held)
-    with tqdm(total=len(wanted) - len(held), desc=f"text encoder {number + 1}", unit="prompt") as bar:
+    with progress(f"text encoder {number + 1}", len(wanted) - len(held), "prompt") as bar:
         while rows := list(itertools.islice(missing, SHARD_ROWS)):
-            cache.add(number, [digest for digest, _ in rows], encoded(encode, [text for _, text in rows]))
+            cache.add(number, [digest for digest, _ in rows], joined(list(encoded(encode, [text for _, text in rows]))))
             bar.update(len(rows))
     return held
 
