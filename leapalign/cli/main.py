@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train from a config, or continue a run", epilog=OVERRIDES)
     train.add_argument("--config", type=Path, help="YAML file, see configs/tiny.yaml")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="run folder to continue")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="run to continue, RUN/checkpoints/step-N, or latest")
     train.set_defaults(execute=run.train_command)
 
     generate = commands.add_parser("generate", help="images from a run or a base model", epilog=OVERRIDES)
@@ -40,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     for command in (generate, evaluate):
         command.add_argument("--config", type=Path, help="YAML file naming the base model")
-        command.add_argument("--run", type=Path, help="run folder: its latest checkpoint is used")
+        command.add_argument(
+            "--run", type=Path, help="run folder: its latest checkpoint is used, or RUN/checkpoints/step-N"
+        )
         command.add_argument("--prompts", type=Path, help="prompt file, default the config's")
         command.add_argument("--seed", type=int, default=0, help="noise seed of the first image")
 
@@ -51,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     cache.set_defaults(execute=run.cache_command)
 
     export = commands.add_parser("export", help="a run's weights as other software reads them", epilog=OVERRIDES)
-    export.add_argument("--run", type=Path, required=True, help="run folder: its latest checkpoint is exported")
+    export.add_argument("--run", type=Path, required=True, help="run folder, or RUN/checkpoints/step-N")
     export.add_argument("--output", type=Path, required=True, help="new folder for the weights and their model card")
     export.add_argument("--layout", choices=("diffusers", "original", "comfyui"), default="diffusers")
     export.set_defaults(execute=run.export_command)
@@ -60,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--weights", choices=("average", "last", "best"), default="average", help="of the run, default average"
         )
+        command.add_argument("--step", type=int, help="of the run, default its latest checkpoint")
 
     memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
     memory.add_argument("--config", type=Path, required=True, help="YAML file, see configs/flux1_dev")

@@ -82,6 +82,7 @@ class OptimizerConfig:
     """Global gradient norm is clipped to this."""
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     warmup_iterations: NonNegativeInt = 0
+    """Iteration i of these has ``i / warmup_iterations`` of the rate; ``constant`` has no warm-up."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    every: PositiveInt = 50
-    """Iterations between sample grids (same prompts and seeds every time)."""
+    every: NonNegativeInt = 50
+    """Iterations between sample grids (same prompts and seeds every time), the first before training and one after
+    the last iteration; 0: none."""
     count: Images = 24
 
 

@@ -28,15 +28,17 @@ LAYOUTS = ("diffusers", "original", "comfyui")
 _INDEX = "model_index.json"
 
 
-def export(run: Path, config: Config, output: Path, weights: str, layout: str) -> str:
+def export(run: Path, config: Config, output: Path, weights: str, layout: str, step: int | None = None) -> str:
     """Writes the run's `WEIGHTS` called ``weights``, as one of `LAYOUTS`, and a model card to a new folder ``output``.
+
+    They are those of ``step``, or of the latest checkpoint, or the best.
 
     Returns a sentence on what was written. Raises UserError where ``output`` exists, the run has no checkpoint,
     there is no such layout of these weights, or the disk is full.
     """
     if output.exists():
         raise UserError(f"'{output}' already exists; choose another --output")
-    source = run_weights(run, weights)
+    source = run_weights(run, weights, step)
     base = resolve(config.model.path)
     adapter = (source / ADAPTER_FILE).exists()
     write = _writer(layout, adapter)

@@ -87,11 +87,16 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def require_space(folder: Path, size: int) -> None:
-    """Raises UserError where the disk of ``folder`` has less than ``size`` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
+def require_space(folder: Path, size: int, count: int = 1) -> None:
+    """Raises UserError where the disk of ``folder``, which need not be there yet, has no room for ``count`` checkpoints
+    of ``size`` bytes."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if free < size * count:
+        needed = f"a checkpoint needs {size / 2**30:.2f} GiB"
+        if count > 1:
+            needed += f" and there will be {count} more at once, {size * count / 2**30:.2f} GiB"
         raise UserError(
-            f"a checkpoint needs {size / 2**30:.2f} GiB, and '{folder}' has {free / 2**30:.2f} GiB free; make room, "
-            "then continue with --resume"
+            f"{needed}, and '{folder}' has {free / 2**30:.2f} GiB free; make room, or lower checkpoint.keep, then "
+            "train again or continue with --resume"
         )
