@@ -56,13 +56,13 @@ def write_report(comparison: Comparison, run: Path) -> Path:
                 "training with it.</p>",
             ),
             ("Learning curve", image("learning_curve.png", "reward, loss, gradient norm and leap distances")),
-            *_samples(run, records[-1]["iteration"]),
+            *sample_grids(run, records[-1]["iteration"]),
         ],
     )
     return page
 
 
-def _samples(run: Path, last: float) -> list[tuple[str, str]]:
+def sample_grids(run: Path, last: float) -> list[tuple[str, str]]:
     """The sample grids before and after training, where there are any."""
     grids = {"first": ("samples/step-0.png", "before"), "last": (f"samples/step-{last:.0f}.png", "after")}
     return [

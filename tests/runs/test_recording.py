@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -28,6 +29,17 @@ def test_bars_say_what_is_running(parts: Path, tmp_path: Path, monkeypatch: pyte
     assert {"train, reward 1/2", "train, surrogate 2/2"} <= shown
     assert not any("3/2" in name or "0/2" in name for name in shown)
     assert sum("train" in line for line in terminal.lines()) == 1
+
+
+def test_bars_keep_out_of_json(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_config(config_of(parts, tmp_path / "run", "train.iterations=1"), tmp_path / "config.yaml")
+    terminal = stderr_on_a_terminal(monkeypatch)
+    assert main(["train", "--config", str(tmp_path / "config.yaml"), "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["iteration"] == 1
+    assert "train, optimizer" in terminal.descriptions()
 
 
 def test_grids_can_be_switched_off(parts: Path, tmp_path: Path) -> None:
