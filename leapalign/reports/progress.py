@@ -28,7 +28,8 @@ def progress(description: str, total: float, unit: str, done: float = 0) -> Iter
         try:
             yield bar
         finally:
-            _open.remove(bar)
+            # By identity: to tqdm, bars in the same place are equal.
+            _open[:] = [other for other in _open if other is not bar]
     if outer is not None:
         outer.refresh()
 

@@ -132,12 +132,15 @@ def save_checkpoint(
     return final
 
 
-def require_space_for_all(run: Path, saves: int, keep: int, transformer: Any, optimizer: Optimizer) -> None:
-    """Raises UserError where the disk of ``run`` lacks room for what the ``saves`` checkpoints to come add to it.
+def require_space_for_all(
+    run: Path, iteration: int, saves: int, keep: int, transformer: Any, optimizer: Optimizer
+) -> None:
+    """Raises UserError where the disk of ``run`` lacks room for the ``saves`` checkpoints that follow ``iteration``.
 
-    keep: so many of them stay, beside one that is being written.
+    keep: so many stay, beside one that is being written.
     """
-    more = min(saves, max(1, keep + 1 - len(checkpoints_of(run))))
+    there = [number for number in checkpoints_of(run) if number <= iteration]  # Later ones will be set aside.
+    more = min(saves, max(1, keep + 1 - len(there)))
     if more:
         require_space(run, _size(transformer, optimizer), more)
 

@@ -137,7 +137,7 @@ class Run:
         done, last, every = trainer.iteration, config.train.iterations, config.checkpoint.every
         saves = len({*range(done - done % every + every, last + 1, every), last}) if done < last else 0
         keep = config.checkpoint.keep + bool(config.watch.every)
-        require_space_for_all(self.folder, saves, keep, trainer.model.transformer, trainer.optimizer)
+        require_space_for_all(self.folder, done, saves, keep, trainer.model.transformer, trainer.optimizer)
 
     def _shown_on(self, bar: Any) -> Callable[[Stage], contextlib.AbstractContextManager[None]]:
         """Has ``bar`` say which stage of which rollout is running: an iteration of a large model takes minutes."""

@@ -32,6 +32,9 @@ def test_a_bar_within_another_takes_its_place_and_gives_it_back(monkeypatch: pyt
             assert terminal.lines() == ["inner:  50%"]
             bar.set_description("outer, later", refresh=False)
         assert terminal.lines() == ["outer, later:  33%"]
+        with progress("second", 2, "step"):
+            assert terminal.lines() == ["second:   0%"]
+        assert terminal.lines() == ["outer, later:  33%"]
         say("a line above")
         bar.refresh()
         assert terminal.lines() == ["a line above", "outer, later:  33%"]
