@@ -15,6 +15,10 @@ class Terminal(io.StringIO):
 
     def lines(self) -> list[str]:
         """The lines on the screen, bars without what follows their percentage."""
+        return [line.partition("|")[0].rstrip() for line in self.screen()]
+
+    def screen(self) -> list[str]:
+        """The lines on the screen."""
         shown, row, column = [""], 0, 0
         text = self.getvalue()
         while text:
@@ -32,7 +36,7 @@ class Terminal(io.StringIO):
                 line = shown[row].ljust(column)
                 shown[row] = line[:column] + character + line[column + 1 :]
                 column += 1
-        return [line.partition("|")[0].rstrip() for line in shown if line.strip()]
+        return [line.rstrip() for line in shown if line.strip()]
 
     def descriptions(self) -> set[str]:
         """What stood before a bar's percentage, at any time."""
