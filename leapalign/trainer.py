@@ -64,9 +64,16 @@ class Trainer:
 
     @classmethod
     def from_config(cls, config: Config) -> Trainer:
-        """Reads and checks every file the config names. Raises UserError before any long work.
+        """Ready to train. Raises UserError before any long work."""
+        trainer = cls.unencoded(config)
+        trainer.embeddings = embeddings_of(config, trainer.prompts)
+        return trainer
 
-        Prompts are encoded last: without a cache that is long work.
+    @classmethod
+    def unencoded(cls, config: Config) -> Trainer:
+        """Reads and checks every file the config names. Raises UserError.
+
+        ``embeddings`` are None: without a cache that is long work, for which more may have to be checked.
         """
         method = get_method(**config.method)
         prompts = read_prompts(Path(resolve(config.prompts.path)))
@@ -78,10 +85,8 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
         require_room(config, model.draw_noise, training_device())
-        trainer = cls.assembled(config, model, prompts, None, rewards, method, training_device())
         warn_of_cut([(f"reward {term.name}", term.reward) for term in rewards], lambda: prompts)
-        trainer.embeddings = embeddings_of(config, prompts)
-        return trainer
+        return cls.assembled(config, model, prompts, None, rewards, method, training_device())
 
     @classmethod
     def assembled(

@@ -49,13 +49,18 @@ def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def train_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.config.resuming import refuse_changes
     from leapalign.runs.opening import opened_run
     from leapalign.runs.run_folder import read_metrics
 
-    config = _config(arguments.config, arguments.resume, overrides)
-    if arguments.resume:
-        config = dataclasses.replace(config, output=str(arguments.resume))
-    with opened_run(config, resume=bool(arguments.resume)) as run:
+    run_folder, step = _resumed(arguments)
+    if run_folder is None:
+        config = _config(arguments.config, None, overrides)
+    else:
+        # Where the run lies now is no change of it.
+        config = _config(arguments.config, run_folder, [f"output={json.dumps(str(run_folder))}", *overrides])
+        refuse_changes({"output": str(run_folder)}, {"output": config.output})
+    with opened_run(config, resume=run_folder is not None, step=step) as run:
         _train(run)
         stop = run.watch.stop if run.watch else None
     if arguments.json:
@@ -63,13 +68,29 @@ def train_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
         print(json.dumps({**read_metrics(Path(config.output))[-1], **end}))
 
 
+def _resumed(arguments: argparse.Namespace) -> tuple[Path | None, int | None]:
+    """The run and the step to go on from, where they are asked for."""
+    from leapalign.config import load_config
+    from leapalign.runs.naming import LATEST, newest_run, run_and_step
+
+    if arguments.resume is None:
+        return None, None
+    if arguments.resume != LATEST or LATEST.exists():
+        return run_and_step(arguments.resume)
+    run = newest_run(Path(load_config(arguments.config).output).parent if arguments.config else Path("runs"))
+    print(f"continuing {run}, the run that was active last", file=sys.stderr)
+    return run, None
+
+
 def _train(run: Run) -> float:
     """Trains to the end, or until SIGTERM or Ctrl-C, and says so; returns the seconds spent in iterations."""
     from leapalign.runs.stopping import stop_requests
 
+    trainer = run.trainer
+    if trainer.iteration == trainer.config.train.iterations:
+        print(f"all {trainer.iteration} iterations are done; raise train.iterations to go on", file=sys.stderr)
     with stop_requests() as stopping:
         seconds = run.train(stopping)
-    trainer = run.trainer
     stop, resume = run.watch.stop if run.watch else None, f"leapalign train --resume {trainer.config.output}"
     if stop or trainer.iteration < trainer.config.train.iterations:
         remedy = f", as {stop}; change this rule to continue with" if stop else "; continue with"
@@ -96,8 +117,9 @@ def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     from leapalign.prompts.embeddings import embeddings_of
     from leapalign.prompts.geneval import prepare_folders, read_metadata
 
-    config, file, prompts = _config_and_prompts(arguments, overrides, arguments.prompt)
-    weights = _run_weights(arguments)
+    run, step = _run_and_step(arguments)
+    config, file, prompts = _config_and_prompts(arguments, run, overrides, arguments.prompt)
+    weights = _run_weights(run, step, arguments.weights)
     model = sampling_model(config, weights)
     embeddings = embeddings_of(config, prompts)
     seeds = range(arguments.seed, arguments.seed + len(prompts))
@@ -117,8 +139,9 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     from leapalign.reports.pages import text_table
 
     page = EvaluationPage(arguments.page) if arguments.page else None
-    config, _, prompts = _config_and_prompts(arguments, overrides, [])
-    weights = _run_weights(arguments)
+    run, step = _run_and_step(arguments)
+    config, _, prompts = _config_and_prompts(arguments, run, overrides, [])
+    weights = _run_weights(run, step, arguments.weights)
     arms = {BASE: None, RUN: weights} if weights else {BASE: None}
     rewards = evaluation_rewards(config)
     warn_of_cut([(f"reward {name}", reward) for name, reward in rewards.items()], lambda: prompts)
@@ -134,23 +157,34 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
 
 
 def _config_and_prompts(
-    arguments: argparse.Namespace, overrides: list[str], given: list[str]
+    arguments: argparse.Namespace, run: Path | None, overrides: list[str], given: list[str]
 ) -> tuple[Config, Path, list[str]]:
     """The config, the prompt file, and the prompts that are asked for: those ``given``, else the file's."""
     from leapalign.prompts.files import read_prompts
     from leapalign.storage.embedded import resolve
 
-    config = _config(arguments.config, arguments.run, overrides)
+    config = _config(arguments.config, run, overrides)
     file = Path(arguments.prompts or resolve(config.prompts.path))
     # As those of a file: a prompt cache knows no others.
     return config, file, [prompt.strip() for prompt in given] or read_prompts(file)
 
 
-def _run_weights(arguments: argparse.Namespace) -> Path | None:
+def _run_and_step(arguments: argparse.Namespace) -> tuple[Path | None, int | None]:
+    """The run and the step of it that are named, where they are."""
+    from leapalign.runs.naming import run_and_step
+
+    if arguments.run is not None:
+        return run_and_step(arguments.run, arguments.step)
+    if arguments.step is not None:
+        raise UserError(f"--step {arguments.step} is one of a run; name that with --run")
+    return None, None
+
+
+def _run_weights(run: Path | None, step: int | None, name: str) -> Path | None:
     """The weights of the run, where one is named."""
     from leapalign.runs.checkpoint import run_weights
 
-    return run_weights(arguments.run, arguments.weights) if arguments.run else None
+    return run_weights(run, name, step) if run else None
 
 
 def cache_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -171,9 +205,11 @@ def cache_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def export_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.export.export import export
+    from leapalign.runs.naming import run_and_step
 
-    config = _config(None, arguments.run, overrides)
-    written = export(arguments.run, config, arguments.output, arguments.weights, arguments.layout)
+    run, step = run_and_step(arguments.run, arguments.step)
+    config = _config(None, run, overrides)
+    written = export(run, config, arguments.output, arguments.weights, arguments.layout, step)
     print(f"{arguments.output}: {written}")
 
 

@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train from a config, or continue a run", epilog=OVERRIDES)
     train.add_argument("--config", type=path_argument, help=f"{CONFIG} tiny")
-    train.add_argument("--resume", type=path_argument, metavar="RUN", help="run folder to continue")
+    train.add_argument(
+        "--resume", type=path_argument, metavar="RUN", help="run to continue, RUN/checkpoints/step-N, or latest"
+    )
     train.set_defaults(execute=run.train_command)
 
     generate = commands.add_parser("generate", help="images from a run or a base model", epilog=OVERRIDES)
@@ -48,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     for command in (generate, evaluate):
         command.add_argument("--config", type=path_argument, help=f"{CONFIG} tiny: names the base model")
-        command.add_argument("--run", type=path_argument, help="run folder: its latest checkpoint is used")
+        command.add_argument(
+            "--run", type=path_argument, help="run folder: its latest checkpoint is used, or RUN/checkpoints/step-N"
+        )
         command.add_argument("--prompts", type=path_argument, help="prompt file, default the config's")
         command.add_argument("--seed", type=int, default=0, help="noise seed of the first image")
 
@@ -61,9 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     cache.set_defaults(execute=run.cache_command)
 
     export = commands.add_parser("export", help="a run's weights as other software reads them", epilog=OVERRIDES)
-    export.add_argument(
-        "--run", type=path_argument, required=True, help="run folder: its latest checkpoint is exported"
-    )
+    export.add_argument("--run", type=path_argument, required=True, help="run folder, or RUN/checkpoints/step-N")
     export.add_argument(
         "--output", type=path_argument, required=True, help="new folder for the weights and their model card"
     )
@@ -74,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--weights", choices=("average", "last", "best"), default="average", help="of the run, default average"
         )
+        command.add_argument("--step", type=int, help="of the run, default its latest checkpoint")
 
     memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
     memory.add_argument("--config", type=path_argument, required=True, help=f"{CONFIG} flux1_dev/80gb")

@@ -87,7 +87,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     """Of the learning rate over the run; the last two fall to 0."""
     warmup_iterations: NonNegativeInt = 0
-    """Iterations in which the learning rate rises from 0; not for ``constant``."""
+    """Iteration i of these has ``i / warmup_iterations`` of the rate; ``constant`` has no warm-up."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    every: PositiveInt = 50
-    """Iterations between sample grids (same prompts and seeds every time)."""
+    every: NonNegativeInt = 50
+    """Iterations between sample grids (same prompts and seeds every time), the first before training and one after
+    the last iteration; 0: none."""
     count: Images = 24
     """Images in a grid."""
 

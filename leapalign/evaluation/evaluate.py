@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from leapalign.config import Config
 from leapalign.evaluation.generate import image_batches, sampling_model
@@ -56,24 +55,21 @@ def evaluate(
     for arm, weights in reversed(list(arms.items())):
         scores[arm] = {name: [] for name in rewards}
         done = 0
-        batches = _images(config, weights, embeddings, seed)
-        with tqdm(total=len(prompts), desc=arm, unit="image") as bar:
-            for images in batches:
-                texts = prompts[done : done + len(images)]
-                for name, reward in rewards.items():
-                    scores[arm][name] += _values(reward, images, texts)
-                if keep is not None:
-                    keep(arm, done, images)
-                done += len(images)
-                bar.update(len(images))
+        for images in _images(config, weights, embeddings, seed, arm):
+            texts = prompts[done : done + len(images)]
+            for name, reward in rewards.items():
+                scores[arm][name] += _values(reward, images, texts)
+            if keep is not None:
+                keep(arm, done, images)
+            done += len(images)
     return {arm: scores[arm] for arm in arms}
 
 
-def _images(config: Config, weights: Path | None, embeddings: Any, seed: int) -> Iterator[Tensor]:
+def _images(config: Config, weights: Path | None, embeddings: Any, seed: int, arm: str) -> Iterator[Tensor]:
     """Of a model that is gone when the last one is there."""
     model = sampling_model(config, weights)
     seeds = range(seed, seed + len(embeddings))
-    return image_batches(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
+    return image_batches(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size, arm)
 
 
 @torch.no_grad()

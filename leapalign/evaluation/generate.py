@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity
 from leapalign.models.weights import load_weights
+from leapalign.reports.progress import progress
 from leapalign.rollout import sample_rollout
 
 
@@ -41,24 +44,53 @@ def generate(
     seeds: Sequence[int],
     num_steps: int,
     batch_size: int = 32,
+    description: str = "images",
 ) -> Tensor:
-    """Images ``(len(seeds), 3, H, W)`` in [0, 1]; image i comes from ``embeddings[i]`` and ``seeds[i]``."""
-    return torch.cat(list(image_batches(model, embeddings, seeds, num_steps, batch_size)))
+    """Images ``(len(seeds), 3, H, W)`` in [0, 1]; image i comes from ``embeddings[i]`` and ``seeds[i]``.
+
+    ``description`` stands at the bar that shows the progress.
+    """
+    return torch.cat(list(image_batches(model, embeddings, seeds, num_steps, batch_size, description)))
 
 
 @torch.no_grad()
 def image_batches(
-    model: FlowModel, embeddings: Any, seeds: Sequence[int], num_steps: int, batch_size: int
+    model: FlowModel,
+    embeddings: Any,
+    seeds: Sequence[int],
+    num_steps: int,
+    batch_size: int,
+    description: str = "images",
 ) -> Iterator[Tensor]:
     """The images of `generate`, ``batch_size`` at a time, on the CPU."""
     sigmas = model.sigmas(num_steps)
-    for start in range(0, len(seeds), batch_size):
-        part = slice(start, start + batch_size)
-        yield sample(model, embeddings[part], seeds[part], sigmas)[1].cpu()
+    with sampling_progress(description, len(seeds), batch_size, num_steps) as step:
+        for start in range(0, len(seeds), batch_size):
+            part = slice(start, start + batch_size)
+            yield sample(model, embeddings[part], seeds[part], sigmas, step)[1].cpu()
+
+
+@contextlib.contextmanager
+def sampling_progress(description: str, count: int, batch_size: int, num_steps: int) -> Iterator[Callable[[], object]]:
+    """A bar over the steps of all batches of ``count`` images, and what moves it by one."""
+    with progress(description, math.ceil(count / batch_size) * num_steps, "step") as bar:
+        yield bar.update
 
 
 @torch.no_grad()
-def sample(model: FlowModel, embeddings: Any, seeds: Sequence[int], sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents ``(B, ...)`` and images ``(B, 3, H, W)`` in [0, 1] of one batch, where the model computes."""
-    rollout = sample_rollout(prompted_velocity(model, embeddings), model.draw_noise(seeds), sigmas)
+def sample(
+    model: FlowModel, embeddings: Any, seeds: Sequence[int], sigmas: Tensor, step: Callable[[], object]
+) -> tuple[Tensor, Tensor]:
+    """Latents ``(B, ...)`` and images ``(B, 3, H, W)`` in [0, 1] of one batch, where the model computes.
+
+    ``step`` is called after each velocity.
+    """
+    velocity = prompted_velocity(model, embeddings)
+
+    def counted(latents: Tensor, sigma: Tensor) -> Tensor:
+        found = velocity(latents, sigma)
+        step()
+        return found
+
+    rollout = sample_rollout(counted, model.draw_noise(seeds), sigmas)
     return rollout.latents[-1], model.decode(rollout.latents[-1]).clamp(0, 1)

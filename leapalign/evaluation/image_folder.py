@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from leapalign.reports.pictures import image_grid, to_picture
 
@@ -19,10 +18,8 @@ def save_images(batches: Iterable[Tensor], prompts: Sequence[str], files: Sequen
     """Writes image i of ``batches`` of ``(B, 3, H, W)`` to ``files[i]``, and a grid of the first to ``folder``."""
     shown: list[Tensor] = []
     left = iter(files)
-    with tqdm(total=len(files), unit="image") as bar:
-        for images in batches:
-            shown += images[: IN_GRID - len(shown)]
-            for image in images:
-                to_picture(image, image.shape[-1]).save(next(left))
-                bar.update()
+    for images in batches:
+        shown += images[: IN_GRID - len(shown)]
+        for image in images:
+            to_picture(image, image.shape[-1]).save(next(left))
     image_grid(torch.stack(shown), prompts[: len(shown)]).save(folder / "grid.png")

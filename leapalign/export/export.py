@@ -40,17 +40,18 @@ class _Contents:
     tensor_bytes: int = 0
 
 
-def export(run: Path, config: Config, output: Path, weights: str, layout: str) -> str:
+def export(run: Path, config: Config, output: Path, weights: str, layout: str, step: int | None = None) -> str:
     """Writes the run's `WEIGHTS` called ``weights``, with card and licence text, to a new folder ``output``.
 
-    layout: diffusers, original (all weights) or comfyui.
+    They are those of ``step``, or of the latest checkpoint, or the best. layout: diffusers, original (all weights) or
+    comfyui.
 
     Returns a sentence on what was written. Raises UserError where ``output`` exists, the run has no checkpoint, files
     of the base are missing, there is no such layout of these weights, or the disk has no room.
     """
     if output.exists():
         raise UserError(f"'{output}' already exists; choose another --output")
-    source = run_weights(run, weights)
+    source = run_weights(run, weights, step)
     adapter = (source / ADAPTER_FILE).exists()
     contents_of, sentence = _way(layout, adapter)
     base = base_folder(config.model.path, whole=contents_of is _model)
@@ -61,7 +62,7 @@ def export(run: Path, config: Config, output: Path, weights: str, layout: str) -
     copies = {**contents.copies, **{path.name: path for path in licences_of(base)}}
     with writing(output, _THEN):
         size = sum(_bytes(path) for path in copies.values()) + contents.tensor_bytes + _TEXT_BYTES
-        require_space(output.parent, size, "the export", _THEN)
+        require_space(output.parent, size, "the export", f"make room, then {_THEN}")
         output.parent.mkdir(parents=True, exist_ok=True)
         # Whole or absent: what fails half-way goes with the scratch folder.
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:

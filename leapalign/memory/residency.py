@@ -56,8 +56,15 @@ def stage(name: Stage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched(watch: Callable[[Stage], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """Has ``watch`` called for each stage that begins in the block."""
-    with _set(WATCH, watch):
+    """Has ``watch`` called for each stage that begins in the block, after those of blocks around it."""
+    outer = WATCH.get(None)
+
+    @contextlib.contextmanager
+    def both(name: Stage) -> Iterator[None]:
+        with outer(name) if outer else contextlib.nullcontext(), watch(name):
+            yield
+
+    with _set(WATCH, both):
         yield
 
 

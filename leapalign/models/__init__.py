@@ -23,6 +23,7 @@ from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
 from leapalign.models.text_encoders import TextEncoder
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.models.z_image import ZImageModel
+from leapalign.reports.progress import progress
 from leapalign.storage.embedded import resolve
 
 FAMILIES: dict[str, Family] = {
@@ -40,7 +41,9 @@ ENCODED_AT_ONCE = 16
 
 def load_model(config: ModelConfig) -> FlowModel:
     """The model that ``config`` names, with its weights. Raises UserError where it cannot be read."""
-    model = assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
+    with progress("load the model", 1, "model") as bar:
+        model = assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
+        bar.update()
     if config.lora_rank:
         add_adapter(model.transformer, config)
     if config.compile:
@@ -107,10 +110,10 @@ def text_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def encoded(encode: TextEncoder, prompts: Sequence[str]) -> PromptEmbeddings:
-    """What ``encode`` makes of ``prompts``, in host memory."""
-    batches = [prompts[start : start + ENCODED_AT_ONCE] for start in range(0, len(prompts), ENCODED_AT_ONCE)]
-    return joined([PromptEmbeddings(encode(batch)).to(torch.device("cpu")) for batch in batches])
+def encoded(encode: TextEncoder, prompts: Sequence[str]) -> Iterator[PromptEmbeddings]:
+    """What ``encode`` makes of ``prompts``, some at a time, in host memory."""
+    for start in range(0, len(prompts), ENCODED_AT_ONCE):
+        yield PromptEmbeddings(encode(prompts[start : start + ENCODED_AT_ONCE])).to(torch.device("cpu"))
 
 
 def _encoded(config: ModelConfig, prompts: Sequence[str], what: str) -> PromptEmbeddings:
@@ -118,7 +121,13 @@ def _encoded(config: ModelConfig, prompts: Sequence[str], what: str) -> PromptEm
     number = 0
     for encode in text_encoders(config, torch.device("cpu")):
         number += 1  # noqa: SIM113 -- `enumerate` would keep the encoder while the next one is loaded
-        warn_of_cut([(f"text encoder {number}", encode)], lambda: prompts, what)
-        parts |= encoded(encode, prompts).parts
+        name = f"text encoder {number}"
+        warn_of_cut([(name, encode)], lambda: prompts, what)
+        made = []
+        with progress(f"encode {what}, {name}", len(prompts), "prompt") as bar:
+            for batch in encoded(encode, prompts):
+                made.append(batch)
+                bar.update(len(batch))
+        parts |= joined(made).parts
         del encode  # or two encoders would be there at once
     return PromptEmbeddings(parts)

@@ -22,6 +22,10 @@ class AdamW(torch.optim.AdamW):
         _refuse_rounding_to_nearest(parameters, config.learning_rate)
         betas = (config.beta1, config.beta2)
         super().__init__(parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
+        # Moments are made at once: a run that does not fit fails before its first iteration.
+        for parameter in parameters:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if self.gradient_scale != 1:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from leapalign.config import EmaConfig, OptimizerConfig
 from leapalign.inputs.validation import UserError
@@ -49,9 +50,20 @@ class Optimizer:
         with self.changing_weights():
             self.rule = get_optimizer(parameters, config, seed_of(seed, ROUNDING_STREAM, 0))
             self.average = WeightAverage(parameters, ema, seed_of(seed, AVERAGE_STREAM, 0))
-        self.schedule = get_scheduler(
-            config.schedule, self.rule, num_warmup_steps=config.warmup_iterations, num_training_steps=iterations
-        )
+        self._config, self._iterations = config, iterations
+        self.schedule = self._scheduled(0)
+
+    def _scheduled(self, done: int) -> LambdaLR:
+        """The learning rate after so many iterations, and from then on.
+
+        Diffusers' schedules start a warm-up of W iterations at 0, which would waste the first. Here iteration i of it
+        has i / W of the rate; the decay behind it is theirs, and its last iteration does not have 0.
+        """
+        warmup = self._config.warmup_iterations
+        rate = get_scheduler(
+            self._config.schedule, self.rule, num_warmup_steps=warmup, num_training_steps=self._iterations
+        ).lr_lambdas[0]
+        return LambdaLR(self.rule, lambda step: rate(step + 1 if step < warmup else step), done - 1)  # type: ignore[arg-type]
 
     @property
     def learning_rate(self) -> float:
@@ -149,14 +161,15 @@ class Optimizer:
         """The rest of the state, fit for JSON."""
         return {
             "name": self._name,
-            "schedule": self.schedule.state_dict(),
+            "iterations": self.schedule.last_epoch,
             "average_updates": self.average.updates,
         }
 
     def load(self, tensors: dict[str, Tensor], scalars: dict[str, Any], average: list[Tensor]) -> None:
         """Restores `tensors`, `scalars` and the weight average, of which ``average`` holds what `tensors` does not.
 
-        Raises UserError where they are another optimizer's.
+        Raises UserError where they are another optimizer's. Rate, schedule, decay and clipping are the config's, which
+        may have changed.
         """
         if scalars["name"] != self._name:
             raise UserError(
@@ -172,9 +185,7 @@ class Optimizer:
                 parameter = self._parameters[int(index)]
                 # The count of steps stays on the CPU, as PyTorch has it.
                 self.rule.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-        self.schedule.load_state_dict(scalars["schedule"])
-        for group, rate in zip(self.rule.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
+        self.schedule = self._scheduled(scalars["iterations"])
 
 
 def _watched(parameter: nn.Parameter) -> Tensor:

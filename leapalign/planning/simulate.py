@@ -8,6 +8,7 @@ take beyond tensors is not in them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
@@ -24,10 +25,11 @@ from torch.utils.flop_counter import flop_registry
 
 from leapalign.config import Config
 from leapalign.memory.repetition import run_by
-from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for
+from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for, watched
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.planning.ledger import Peak, StorageLedger
 from leapalign.planning.model_skeleton import Skeleton, skeleton, skeleton_trainer
+from leapalign.reports.progress import progress
 from leapalign.trainer import Trainer
 
 STAGES: tuple[Stage, ...] = ("rollout", "reward", "surrogate", "optimizer")
@@ -122,7 +124,7 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
     config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, attention="native"))
     ledger, spectator = StorageLedger(), _Spectator()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with ledger, spectator:
+    with progress("simulate, model", len(STAGES), "stage") as bar, watched(_shown_on(bar)), ledger, spectator:
         parts = skeleton(config, mode)
         _count_parts(ledger, parts)
         trainer = skeleton_trainer(config, parts, torch.device("cpu"))
@@ -145,6 +147,17 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
         flops={name: scale[name] * spectator.flops[name] for name in STAGES},
         traffic={(name, way): scale[name] * size for (name, way), size in (TRAFFIC - before).items() if name in scale},
     )
+
+
+def _shown_on(bar: Any) -> Callable[[Stage], contextlib.AbstractContextManager[None]]:
+    """Has ``bar`` say which stage is running."""
+
+    def show(name: Stage) -> contextlib.AbstractContextManager[None]:
+        bar.n = STAGES.index(name)
+        bar.set_description(f"simulate, {name}")
+        return contextlib.nullcontext()
+
+    return show
 
 
 def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:

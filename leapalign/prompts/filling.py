@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from leapalign.config import ModelConfig
 from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.models import encoded, negative_prompts, text_dtype, text_encoders
+from leapalign.models.embeddings import joined
 from leapalign.models.text_encoders import TextEncoder
 from leapalign.prompts.cache import PromptCache, hash_of
 from leapalign.prompts.files import iter_prompts
+from leapalign.reports.progress import progress
 
 SHARD_ROWS = 64
 """Prompts in a shard, and the most whose encoding a kill undoes: 256 MiB of FLUX.1's."""
@@ -68,9 +69,9 @@ def _fill(
     warn_of_cut([(name, encode)], texts)
     held = cache.held(number) & wanted
     missing = _missing(texts(), held)
-    with tqdm(total=len(wanted) - len(held), desc=name, unit="prompt") as bar:
+    with progress(name, len(wanted) - len(held), "prompt") as bar:
         while rows := list(itertools.islice(missing, SHARD_ROWS)):
-            cache.add(number, [digest for digest, _ in rows], encoded(encode, [text for _, text in rows]))
+            cache.add(number, [digest for digest, _ in rows], joined(list(encoded(encode, [text for _, text in rows]))))
             bar.update(len(rows))
     return held
 

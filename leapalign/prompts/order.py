@@ -1,6 +1,10 @@
-"""The order in which a run visits its prompts."""
+"""The order in which a run visits its prompts, and by what their list is known."""
 
 from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,3 +22,8 @@ class PromptOrder:
             self._epoch = epoch
             self._order = np.random.default_rng([self._seed, epoch]).permutation(self._count)
         return int(self._order[offset])
+
+
+def digest_of(prompts: Sequence[str]) -> str:
+    """sha256 of a list of prompts, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()

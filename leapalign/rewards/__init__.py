@@ -16,6 +16,7 @@ from transformers import CLIPConfig
 from leapalign.config import Config
 from leapalign.inputs.bounds import FiniteFloat, PositiveFloat
 from leapalign.inputs.validation import UserError, did_you_mean, shortened, validated
+from leapalign.reports.progress import progress
 from leapalign.reward_gradient import RewardFn, RewardTerm
 from leapalign.rewards.aesthetic import Aesthetic
 from leapalign.rewards.clipscore import CLIPScore
@@ -54,10 +55,13 @@ def reward_terms(config: Config, make: Callable[..., RewardFn] = get_reward) -> 
         said = validated(Share, {key: options.pop(key) for key in ("threshold", "weight") if key in options}, "reward")
         _settings(**options)
         named.append((name, said, options))
-    return [
-        RewardTerm(name, make(**options), config.threshold if said.threshold is None else said.threshold, said.weight)
-        for name, said, options in named
-    ]
+    terms = []
+    with progress("load the rewards", len(named), "reward") as bar:
+        for name, said, options in named:
+            threshold = config.threshold if said.threshold is None else said.threshold
+            terms.append(RewardTerm(name, make(**options), threshold, said.weight))
+            bar.update()
+    return terms
 
 
 def reward_names(rewards: Sequence[dict[str, Any]]) -> list[str]:

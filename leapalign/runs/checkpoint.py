@@ -32,6 +32,7 @@ AVERAGE = "transformer_ema"
 BEST = "best"
 WEIGHTS = {"average": AVERAGE, "last": TRANSFORMER, BEST: AVERAGE}
 """What a checkpoint holds, by the names that the command line has for it; the last is of the best, not the latest."""
+_ROOM = "make room, or lower checkpoint.keep, then train again or continue with --resume"
 _HEADERS = 1 << 20
 """Bytes of a checkpoint beside its tensors, at most."""
 _log = logging.getLogger("leapalign")
@@ -47,8 +48,23 @@ def latest_checkpoint(run: Path, within: str = "") -> Path | None:
     within: only files in this folder of the checkpoint are wanted. Returns None where there are no checkpoints; raises
     UserError where all are damaged.
     """
-    found = _by_iteration(run)
+    found = checkpoints_of(run)
     return _first_whole(run, [found[number] for number in sorted(found, reverse=True)], within)
+
+
+def named_checkpoint(run: Path, step: int, within: str = "") -> Path:
+    """The checkpoint after iteration ``step``, as it was saved; ``within`` as for `latest_checkpoint`.
+
+    Raises UserError where there is none, or it is damaged, and says which there are.
+    """
+    found = checkpoints_of(run)
+    there = f"there are those of {', '.join(map(str, sorted(found)))}" if found else "it holds none yet"
+    if step not in found:
+        raise UserError(f"'{run}' holds no checkpoint of step {step}; {there}, name one of them")
+    reason = damage(found[step], within)
+    if reason is not None:
+        raise UserError(f"checkpoint '{found[step]}' is damaged ({reason}); {there}, name another")
+    return found[step]
 
 
 def best_checkpoint(run: Path, within: str = "") -> Path | None:
@@ -56,7 +72,7 @@ def best_checkpoint(run: Path, within: str = "") -> Path | None:
 
     By a reward that is not trained on, where the run's config has one in ``watch.rewards``.
     """
-    found = _by_iteration(run)
+    found = checkpoints_of(run)
     best_first = ranked(run, load_config(run / "config.yaml").watch.best_by)
     return _first_whole(run, [found[number] for number in best_first if number in found], within)
 
@@ -72,11 +88,18 @@ def _first_whole(run: Path, checkpoints: Sequence[Path], within: str) -> Path | 
     return None
 
 
-def run_weights(run: Path, name: str) -> Path:
-    """The folder of the `WEIGHTS` called ``name``, in the latest checkpoint or the best.
+def run_weights(run: Path, name: str, step: int | None = None) -> Path:
+    """The folder of the `WEIGHTS` called ``name``, in the checkpoint of ``step``, the latest or the best.
 
     Raises UserError where there is none.
     """
+    if step is not None and name == BEST:
+        raise UserError(
+            f"--weights best is a step of its own choice, and step {step} is named; leave that out, or use --weights "
+            "average or last"
+        )
+    if step is not None:
+        return named_checkpoint(run, step, WEIGHTS[name]) / WEIGHTS[name]
     checkpoint = best_checkpoint(run, AVERAGE) if name == BEST else latest_checkpoint(run, WEIGHTS[name])
     if checkpoint is None and name == BEST:
         raise UserError(
@@ -100,17 +123,30 @@ def save_checkpoint(
     with writing(final):
         make_folder(final.parent)
         remove_partial(run)
-        if final.exists():
-            _delete(final)  # A damaged one: the run was resumed before it.
-        require_space(final.parent, _size(transformer, optimizer), "a checkpoint", "continue with --resume")
+        require_space(final.parent, _size(transformer, optimizer), "a checkpoint", _ROOM)
         try:
             _write(partial, iteration, transformer, optimizer)
             rename(partial, final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _delete_surplus(run, iteration, keep, best_first)
+        _delete_surplus(run, keep, best_first)
     return final
+
+
+def require_space_for_all(
+    run: Path, iteration: int, saves: int, keep: int, transformer: Any, optimizer: Optimizer
+) -> None:
+    """Raises UserError where the disk of ``run`` lacks room for the ``saves`` checkpoints that follow ``iteration``.
+
+    keep: so many stay, beside one that is being written.
+    """
+    there = [number for number in checkpoints_of(run) if number <= iteration]  # Later ones will be set aside.
+    more = min(saves, max(1, keep + 1 - len(there)))
+    if more:
+        size = _size(transformer, optimizer)
+        several = f"a checkpoint needs {size / 2**30:.2f} GiB and there will be {more} more at once, which"
+        require_space(run, more * size, several if more > 1 else "a checkpoint", _ROOM)
 
 
 def remove_partial(run: Path) -> None:
@@ -147,12 +183,10 @@ def _size(transformer: Any, optimizer: Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _HEADERS
 
 
-def _delete_surplus(run: Path, newest: int, keep: int, best_first: Iterable[int]) -> None:
-    """Leaves ``keep`` checkpoints up to ``newest`` and the best, none beyond: the run was resumed before them, as
-    damaged."""
-    found = _by_iteration(run)
-    valid = sorted((number for number in found if number <= newest), reverse=True)
-    kept = {*valid[:keep], *[number for number in best_first if number in valid][:1]}
+def _delete_surplus(run: Path, keep: int, best_first: Iterable[int]) -> None:
+    """Leaves the newest ``keep`` checkpoints and the best."""
+    found = checkpoints_of(run)
+    kept = {*sorted(found, reverse=True)[:keep], *[number for number in best_first if number in found][:1]}
     for number, path in found.items():
         if number not in kept:
             _delete(path)
@@ -166,9 +200,15 @@ def _delete(checkpoint: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _by_iteration(run: Path) -> dict[int, Path]:
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """Those with their name, whole or damaged, by iteration."""
     found = (run / "checkpoints").glob("step-*")
-    return {int(path.name[5:]): path for path in found if path.name[5:].isdecimal()}
+    return {iteration_of(path): path for path in found if path.name[5:].isdecimal()}
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """After which it was saved, by its name."""
+    return int(checkpoint.name[5:])
 
 
 def load_checkpoint(folder: Path, transformer: Any, optimizer: Optimizer) -> int:

@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from leapalign.config import Config
+from leapalign.config.resuming import refuse_changes
 from leapalign.inputs.validation import UserError
+from leapalign.prompts.files import read_prompts
+from leapalign.runs.checkpoint import iteration_of, latest_checkpoint, named_checkpoint
+from leapalign.runs.history import recorded, trained_with
 from leapalign.runs.run import Run
 from leapalign.runs.run_folder import METRICS
 from leapalign.storage.durable import make_folder, writing
+from leapalign.storage.embedded import resolve
 from leapalign.storage.folder_lock import run_lock
 
 
@@ -31,18 +36,22 @@ def unused_folder(run: Path) -> Path:
 
 
 @contextlib.contextmanager
-def opened_run(config: Config, resume: bool) -> Iterator[Run]:
-    """The run in ``config.output``, at its latest checkpoint if ``resume``; no other process can have it, too.
+def opened_run(config: Config, resume: bool, step: int | None = None) -> Iterator[Run]:
+    """The run in ``config.output``; no other process can have it, too.
 
-    Raises UserError for a bad config, before anything is written, and for a folder that is used or in use.
+    resume: it goes on after its latest checkpoint, or that of ``step``; from the start where there is none. Raises
+    UserError for a bad config, a change that a resumed run cannot make, and a folder that is used or in use, before
+    anything is written.
     """
     folder = Path(config.output)
     with contextlib.ExitStack() as held:
         if resume:
             # At once: a second model in memory could end the first process.
             held.enter_context(run_lock(folder))
-            run = Run.from_config(config)
-            run.resume()
+            checkpoint = latest_checkpoint(folder) if step is None else named_checkpoint(folder, step)
+            if checkpoint is not None:
+                _refuse_changes(config, iteration_of(checkpoint))
+            run = Run.from_config(config, checkpoint)
         else:
             refuse_used_folder(folder)
             run = Run.from_config(config)
@@ -51,3 +60,15 @@ def opened_run(config: Config, resume: bool) -> Iterator[Run]:
             held.enter_context(run_lock(folder))
             refuse_used_folder(folder)
         yield run
+
+
+def _refuse_changes(config: Config, iteration: int) -> None:
+    """Raises UserError where the run cannot go on after ``iteration`` with the settings in ``config``."""
+    run = Path(config.output)
+    if config.train.iterations < iteration:
+        raise UserError(
+            f"'{run}' has done {iteration} iterations, and train.iterations is {config.train.iterations}; set it to "
+            f"more, or go on from an earlier checkpoint with --resume {run}/checkpoints/step-N"
+        )
+    prompts = read_prompts(Path(resolve(config.prompts.path)))
+    refuse_changes(trained_with(run, iteration), recorded(config, prompts))

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from leapalign.config import Config, save_config
 from leapalign.evaluation.generate import generate
 from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.inputs.validation import UserError
+from leapalign.memory.residency import Stage, watched
 from leapalign.planning.shortage import shortage_explained
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.reports.pictures import image_grid
-from leapalign.runs.checkpoint import latest_checkpoint, load_checkpoint, remove_partial, save_checkpoint
-from leapalign.runs.run_folder import MetricsLog
+from leapalign.reports.progress import progress, say
+from leapalign.runs.checkpoint import (
+    checkpoints_of,
+    load_checkpoint,
+    remove_partial,
+    require_space_for_all,
+    save_checkpoint,
+)
+from leapalign.runs.history import note_settings, recorded
+from leapalign.runs.run_folder import MetricsLog, later_samples
+from leapalign.runs.setting_aside import set_aside
 from leapalign.storage.durable import beside, make_folder, writing
 from leapalign.storage.faults import point
 from leapalign.trainer import Trainer
@@ -38,16 +48,27 @@ class Run:
     watch: Watch | None = None
 
     @classmethod
-    def from_config(cls, config: Config) -> Run:
-        """Reads and checks every file the config names. Raises UserError before any long work."""
+    def from_config(cls, config: Config, checkpoint: Path | None = None) -> Run:
+        """Reads and checks every file the config names, and the room on the disk; continues after ``checkpoint``.
+
+        Raises UserError before any long work, and writes nothing.
+        """
         watch = Watch.from_config(config)
-        trainer = Trainer.from_config(config)
+        trainer = Trainer.unencoded(config)
+        run = cls(trainer, watch)
         if watch:
             watch.warn_of_trained(trainer.prompts)
             rewards = [*((term.name, term.reward) for term in trainer.rewards), *watch.rewards.items()]
             warn_of_cut([(f"reward {name}", one) for name, one in rewards], lambda: watch.prompts, "watch.prompts")
+        if checkpoint is not None:
+            trainer.iteration = load_checkpoint(checkpoint, trainer.model.transformer, trainer.optimizer)
+            if watch:
+                watch.recall(trainer.iteration)
+        run._require_space()
+        trainer.embeddings = embeddings_of(config, trainer.prompts)
+        if watch:
             watch.embeddings = embeddings_of(config, watch.prompts, "watch.prompts")
-        return cls(trainer, watch)
+        return run
 
     @property
     def config(self) -> Config:
@@ -57,17 +78,6 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.output)
 
-    def resume(self) -> None:
-        """Continues after the latest checkpoint; from the start where there is none. Raises UserError."""
-        with writing(self.folder):
-            remove_partial(self.folder)
-        checkpoint = latest_checkpoint(self.folder)
-        if checkpoint is not None:
-            trainer = self.trainer
-            trainer.iteration = load_checkpoint(checkpoint, trainer.model.transformer, trainer.optimizer)
-            if self.watch:
-                self.watch.recall(trainer.iteration)
-
     def train(self, stopping: Callable[[], bool] = lambda: False) -> float:
         """Trains to the end, or until ``stopping()`` or a rule of the watch holds, recording all in the folder.
 
@@ -75,14 +85,17 @@ class Run:
         before training.
         """
         config, trainer = self.config, self.trainer
-        with writing(self.folder):
-            make_folder(self.folder)
-        save_config(config, self.folder / "config.yaml")
+        self._prepare_folder()
         seconds = 0.0
-        bar = tqdm(total=config.train.iterations, initial=trainer.iteration, desc="train", unit="it")
-        with MetricsLog(self.folder, trainer.iteration) as log, bar, shortage_explained(trainer):
-            if trainer.iteration == 0:
+        with (
+            MetricsLog(self.folder, trainer.iteration) as log,
+            progress("train", config.train.iterations, "it", trainer.iteration) as bar,
+            shortage_explained(trainer),
+            watched(self._shown_on(bar)),
+        ):
+            if trainer.iteration == 0 and config.samples.every:
                 self._save_samples()
+            if trainer.iteration == 0:
                 self._measure(log)
             if self._stopped:
                 return seconds
@@ -94,7 +107,7 @@ class Run:
                 bar.set_postfix({**values, "s/it": f"{record['seconds']:.2f}"})
                 bar.update()
                 last = trainer.iteration == config.train.iterations
-                if last or trainer.iteration % config.samples.every == 0:
+                if config.samples.every and (last or trainer.iteration % config.samples.every == 0):
                     self._save_samples()
                 if self.watch and self.watch.due(trainer.iteration):
                     self._measure(log)
@@ -106,6 +119,43 @@ class Run:
                     break
         return seconds
 
+    def _prepare_folder(self) -> None:
+        """Leaves in the folder what led to this iteration, and the settings of those that follow."""
+        iteration = self.trainer.iteration
+        with writing(self.folder):
+            make_folder(self.folder)
+            remove_partial(self.folder)
+        if any(number > iteration for number in checkpoints_of(self.folder)):
+            kept = set_aside(self.folder, iteration)
+            say(f"going on after iteration {iteration}; what came later, and a copy of all records, is in {kept}")
+        with writing(self.folder):
+            for picture in later_samples(self.folder, iteration):
+                picture.unlink()
+        save_config(self.config, self.folder / "config.yaml")
+        note_settings(self.folder, iteration, recorded(self.config, self.trainer.prompts))
+
+    def _require_space(self) -> None:
+        """Raises UserError where the disk lacks room for the checkpoints to come."""
+        config, trainer = self.config, self.trainer
+        done, last, every = trainer.iteration, config.train.iterations, config.checkpoint.every
+        saves = len({*range(done - done % every + every, last + 1, every), last}) if done < last else 0
+        keep = config.checkpoint.keep + bool(config.watch.every)
+        require_space_for_all(self.folder, done, saves, keep, trainer.model.transformer, trainer.optimizer)
+
+    def _shown_on(self, bar: Any) -> Callable[[Stage], contextlib.AbstractContextManager[None]]:
+        """Has ``bar`` say which stage of which rollout is running: an iteration of a large model takes minutes."""
+        train, began = self.config.train, 0
+        rollouts = max(train.batch_size // self.config.rollout.batch_size, 1)
+
+        def show(name: Stage) -> contextlib.AbstractContextManager[None]:
+            nonlocal began
+            began += name == "rollout"
+            of = f" {(began - 1) % rollouts + 1}/{rollouts}" if rollouts > 1 and name != "optimizer" else ""
+            bar.set_description(f"train, {name}{of}")
+            return contextlib.nullcontext()
+
+        return show
+
     def _measure(self, log: MetricsLog) -> None:
         """Records and shows what the watch sees, if there is one. Raises UserError where a rule holds at the base."""
         watch, trainer = self.watch, self.trainer
@@ -114,7 +164,7 @@ class Run:
         with trainer.optimizer.averaged_weights():
             record = watch.look(trainer.iteration, trainer.model, trainer.rewards)
         log.write_watch(record)
-        tqdm.write(shown(record, watch.base or {}), file=sys.stderr)
+        say(shown(record, watch.base or {}))
         if watch.stop and trainer.iteration == 0:
             raise UserError(
                 f"{watch.stop}, before any training; correct this rule, then continue with --resume {self.folder}"
@@ -136,6 +186,7 @@ class Run:
                 range(SAMPLE_SEED, SAMPLE_SEED + count),
                 config.rollout.num_steps,
                 config.rollout.batch_size,
+                "samples",
             )
         folder = self.folder / "samples"
         with writing(folder):

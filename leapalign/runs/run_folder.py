@@ -25,6 +25,12 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return read_records(run / METRICS)
 
 
+def later_samples(run: Path, iteration: int) -> list[Path]:
+    """Sample grids of iterations after ``iteration``."""
+    found = {path: path.stem.removeprefix("step-") for path in (run / "samples").glob("step-*.png")}
+    return [path for path, number in found.items() if number.isdecimal() and int(number) > iteration]
+
+
 class MetricsLog:
     """Appends one record per iteration; entering it drops what lies beyond ``iteration`` (a resumed run redoes it).
 
@@ -60,10 +66,12 @@ class MetricsLog:
             point("metrics")
 
     def write_incidents(self, incidents: Sequence[Mapping[str, Any]]) -> None:
-        """Appends to ``incidents.jsonl`` what is known of samples and iterations that were skipped."""
+        """Appends to ``incidents.jsonl`` what is known of samples and iterations that were skipped, as `write`."""
         if incidents:
             with writing(self._run / INCIDENTS), (self._run / INCIDENTS).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(incident) + "\n" for incident in incidents)
+                file.flush()
+                os.fsync(file.fileno())
 
     def write_watch(self, record: dict[str, float]) -> None:
         """Appends what the watch measured, as `write`."""

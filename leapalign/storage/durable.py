@@ -87,15 +87,14 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def require_space(folder: Path, size: int, what: str, then: str) -> None:
+def require_space(folder: Path, size: int, what: str, remedy: str) -> None:
     """Raises UserError where the disk of ``folder``, made or not, has less than ``size`` bytes free.
 
-    what: needs them. then: what to do once there is room.
+    what: needs them, as a sentence begins. remedy: how it ends.
     """
     made = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(made).free
     if free < size:
         raise UserError(
-            f"{what} needs {size / 2**30:.2f} GiB, and '{folder}' has {free / 2**30:.2f} GiB free; make room, then "
-            f"{then}"
+            f"{what} needs {size / 2**30:.2f} GiB, and '{folder}' has {free / 2**30:.2f} GiB free; {remedy}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from leapalign.models import encode_prompts, load_model
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.protocol import FlowModel
 from leapalign.optimizers.optimizer import Optimizer
+from leapalign.reports.progress import progress
 from leapalign.reward_gradient import RewardFn
 from leapalign.storage.embedded import FOLDER
 from leapalign.streams import CONTROL_STREAM, EVALUATION_STREAM, seed_of
@@ -55,8 +57,8 @@ class HeldOut:
         rewards: dict[str, RewardFn] = {REWARD: reward, HELD_OUT_REWARD: Critic.load(FOLDER / "critic")}
         return cls(prompts, embeddings, rewards, seed_of(config.seed, EVALUATION_STREAM, 0))
 
-    def evaluate(self, model: FlowModel) -> Evaluation:
-        return evaluate(model, self.embeddings, self.prompts, self.seed, self.rewards)
+    def evaluate(self, model: FlowModel, arm: str) -> Evaluation:
+        return evaluate(model, self.embeddings, self.prompts, self.seed, self.rewards, f"evaluate, {arm}")
 
 
 def train_control(config: Config, seconds: float) -> FlowModel:
@@ -69,12 +71,14 @@ def train_control(config: Config, seconds: float) -> FlowModel:
     embeddings, row = encode_prompts(config.model, texts), {text: i for i, text in enumerate(texts)}
     seed = seed_of(config.seed, CONTROL_STREAM, 0)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
-        captions, images = draw_batch(config.train.batch_size, PHASES[-1].caption_noise, rng)
-        chosen = embeddings[torch.tensor([row[caption] for caption in captions])]
-        flow_matching_loss(model, chosen, images, generator).backward()
-        optimizer.step()
+    started = time.perf_counter()
+    with progress("train the control", math.ceil(seconds), "s") as bar:
+        while (passed := time.perf_counter() - started) < seconds:
+            bar.update(int(passed) - bar.n)
+            captions, images = draw_batch(config.train.batch_size, PHASES[-1].caption_noise, rng)
+            chosen = embeddings[torch.tensor([row[caption] for caption in captions])]
+            flow_matching_loss(model, chosen, images, generator).backward()
+            optimizer.step()
     optimizer.average.copy_to(parameters)
     return model
 
@@ -86,13 +90,13 @@ def run_demo(trainer: Trainer, train: Callable[[], float]) -> Comparison | None:
     """
     config = trainer.config
     held_out = HeldOut.load(config, trainer.rewards[0].reward)
-    before = held_out.evaluate(trainer.model)
+    before = held_out.evaluate(trainer.model, "before")
     seconds = train()
     if trainer.iteration < config.train.iterations:
         return None
     with trainer.optimizer.averaged_weights():
-        after = held_out.evaluate(trainer.model)
-    control = held_out.evaluate(train_control(config, seconds))
+        after = held_out.evaluate(trainer.model, "after")
+    control = held_out.evaluate(train_control(config, seconds), "control")
     return Comparison(before, after, control, seconds)
 
 

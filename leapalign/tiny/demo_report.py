@@ -56,11 +56,17 @@ def write_report(comparison: Comparison, run: Path) -> Path:
                 "training with it.</p>",
             ),
             ("Learning curve", image("learning_curve.png", "reward, loss, gradient norm and leap distances")),
-            ("Samples, first", image("samples/step-0.png", "samples before training")),
-            (
-                "Samples, last",
-                image(f"samples/step-{records[-1]['iteration']:.0f}.png", "samples after training"),
-            ),
+            *sample_grids(run, records[-1]["iteration"]),
         ],
     )
     return page
+
+
+def sample_grids(run: Path, last: float) -> list[tuple[str, str]]:
+    """The sample grids before and after training, where there are any."""
+    grids = {"first": ("samples/step-0.png", "before"), "last": (f"samples/step-{last:.0f}.png", "after")}
+    return [
+        (f"Samples, {name}", image(path, f"samples {when} training"))
+        for name, (path, when) in grids.items()
+        if (run / path).exists()
+    ]

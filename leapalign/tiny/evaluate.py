@@ -47,10 +47,14 @@ def evaluate(
     prompts: Sequence[Prompt],
     seed: int,
     rewards: dict[str, RewardFn] | None = None,
+    description: str = "evaluate",
 ) -> Evaluation:
-    """One image a prompt; ``embeddings[i]`` belongs to ``prompts[i]``, whose noise is seeded ``seed + i``."""
+    """One image a prompt; ``embeddings[i]`` belongs to ``prompts[i]``, whose noise is seeded ``seed + i``.
+
+    ``description`` stands at the bar that shows the progress.
+    """
     seeds = range(seed, seed + len(prompts))
-    images = generate(model, embeddings, seeds, NUM_STEPS)
+    images = generate(model, embeddings, seeds, NUM_STEPS, description=description)
     texts = [prompt.text for prompt in prompts]
     with torch.no_grad():
         scores = {name: reward(images, texts) for name, reward in (rewards or {}).items()}

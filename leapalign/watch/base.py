@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from leapalign.config import Config
+from leapalign.config.resuming import RESUMED, UNLESS_WATCHED, settings_of
 from leapalign.inputs.validation import UserError, brief
+from leapalign.prompts.order import digest_of
+from leapalign.rewards import reward_names
 from leapalign.storage.durable import beside
 from leapalign.storage.modes import save_file
 
@@ -38,7 +41,8 @@ def load_base(run: Path, config: Config, prompts: Sequence[str]) -> Tensor:
             "watch.every=0"
         ) from None
     for name, value in _made_with(config, prompts).items():
-        if made_with.get(name) != value:
+        # What is scored since, or was then, has nothing to be compared with.
+        if made_with.get(name, value) != value:
             raise UserError(
                 f"{name} has changed since the base was measured, which the watch compares with; set it back, or set "
                 "watch.every=0"
@@ -46,16 +50,15 @@ def load_base(run: Path, config: Config, prompts: Sequence[str]) -> Tensor:
     return latents
 
 
-def _made_with(config: Config, prompts: Sequence[str]) -> dict[str, str | int | float]:
-    """By config key, whatever decides what the base model draws."""
-    model = config.model
+def _made_with(config: Config, prompts: Sequence[str]) -> dict[str, Any]:
+    """By config key, whatever decides what the base model draws, and how that is scored."""
+    settings = settings_of(config)
+    made = {key: settings[key] for key, reason in RESUMED.items() if reason == UNLESS_WATCHED}
+    named = zip(reward_names(config.watch.rewards), made.pop("watch.rewards"), strict=True)
     return {
-        "watch.prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-        "watch.seeds": config.watch.seeds,
-        "rollout.num_steps": config.rollout.num_steps,
-        "model.height": model.height,
-        "model.width": model.width,
-        "model.guidance": model.guidance,
-        "model.true_cfg_scale": model.true_cfg_scale,
-        "model.negative_prompt": model.negative_prompt,
+        **made,
+        "watch.prompts": digest_of(prompts),
+        # A threshold is no part of a score.
+        "reward": [{key: value for key, value in one.items() if key != "threshold"} for one in config.rewards],
+        **{f"{name} of watch.rewards": reward for name, reward in named},
     }

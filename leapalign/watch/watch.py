@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from leapalign.config import Config
-from leapalign.evaluation.generate import sample
+from leapalign.evaluation.generate import sample, sampling_progress
 from leapalign.inputs.validation import UserError
 from leapalign.memory.placement import lent_device
 from leapalign.models.protocol import FlowModel
@@ -127,12 +126,15 @@ class Watch:
         count, size = len(self.prompts) * config.watch.seeds, config.rollout.batch_size
         sigmas = model.sigmas(config.rollout.num_steps)
         columns, smalls, made = defaultdict[str, list[Tensor]](list), list[Tensor](), list[Tensor]()
-        with lent_device(self.rewards.values(), model.device):
-            for start in tqdm(range(0, count, size), desc="watch", unit="batch", leave=False):
+        with (
+            lent_device(self.rewards.values(), model.device),
+            sampling_progress("watch", count, size, config.rollout.num_steps) as step,
+        ):
+            for start in range(0, count, size):
                 part = slice(start, min(start + size, count))
                 chosen = torch.arange(part.start, part.stop) // config.watch.seeds
                 seeds = range(SEED + part.start, SEED + part.stop)
-                latents, images = sample(model, self.embeddings[chosen], seeds, sigmas)
+                latents, images = sample(model, self.embeddings[chosen], seeds, sigmas, step)
                 found = self._scores(trained, images, [self.prompts[index] for index in chosen.tolist()])
                 found |= {name: statistic(images) for name, statistic in OF_IMAGES.items()}
                 if self.base_latents is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from measured_iterations import measured
 from places import BYTES, PLACES
+from screens import stderr_on_a_terminal
 from small_runs import config_of
 
 from leapalign import cli
@@ -16,11 +17,17 @@ from leapalign.planning.fit import parse_size
 from leapalign.planning.simulate import STAGES, simulate
 
 FACTORS = "optimizer.name=adafactor"
+MOMENTS = "optimizer.name=adamw"
 
 
 @pytest.mark.parametrize(
     ("optimizer", "place"),
-    [*((BYTES, place) for place in ("plain", *PLACES)), (FACTORS, "plain"), (FACTORS, "host optimizer")],
+    [
+        *((BYTES, place) for place in ("plain", *PLACES)),
+        (FACTORS, "plain"),
+        (FACTORS, "host optimizer"),
+        (MOMENTS, "plain"),
+    ],
 )
 def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, optimizer: str, place: str) -> None:
     asked = (*PLACES.get(place, ()), "train.batch_size=8", "rollout.num_steps=5")
@@ -30,6 +37,12 @@ def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, optimize
         for stage in STAGES:
             expected = counted[stage].total if stage in counted else 0
             assert (simulated[stage].total if stage in simulated else 0) == pytest.approx(expected, rel=0.005)
+
+
+def test_a_bar_says_which_stage_is_simulated(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = stderr_on_a_terminal(monkeypatch)
+    simulate(config_of(parts, tmp_path, BYTES))
+    assert {"simulate, model", *(f"simulate, {stage}" for stage in STAGES)} <= terminal.descriptions()
 
 
 def test_host_memory_holds_what_leaves_the_device(parts: Path, tmp_path: Path) -> None:

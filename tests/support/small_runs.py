@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leapalign.config import Config, override
 from leapalign.inputs.validation import validated
+from leapalign.runs.checkpoint import latest_checkpoint
 from leapalign.runs.run import Run
 from leapalign.tiny.model import build_pooled_encoder, build_token_encoder, build_transformer, save_model
 from leapalign.tiny.train_reward import build_scorer, save_scorer
@@ -47,9 +48,7 @@ def config_of(parts: Path, output: Path, *assignments: str) -> Config:
 
 
 def train(config: Config, resume: bool = False) -> Trainer:
-    run = Run.from_config(config)
-    if resume:
-        run.resume()
+    run = Run.from_config(config, latest_checkpoint(Path(config.output)) if resume else None)
     run.train()
     return run.trainer
 

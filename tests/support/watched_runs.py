@@ -15,7 +15,8 @@ METRICS = ("held_out_reward", "saturation", "sharpness", "edge_density", "divers
 def watched(parts: Path, output: Path, *assignments: str) -> Config:
     """A run of four iterations, measured after every other one."""
     file = parts / "held_out.txt"
-    file.write_text("\n".join(HELD_OUT))
+    if not file.exists():  # Another process may be reading it.
+        file.write_text("\n".join(HELD_OUT))
     return config_of(parts, output, "watch.every=2", f"watch.prompts={file}", *assignments)
 
 

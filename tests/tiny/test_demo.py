@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from screens import stderr_on_a_terminal
 from signals import signalled_in
 
 from leapalign.cli import main
@@ -14,21 +15,42 @@ from leapalign.runs.checkpoint import latest_checkpoint, step_folder
 from leapalign.storage.embedded import FOLDER
 from leapalign.storage.folder_lock import run_lock
 from leapalign.tiny import demo
+from leapalign.tiny.demo_report import sample_grids
 from leapalign.tiny.world import FAMILIES
 
 
 @pytest.fixture(scope="module")
-def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+def shown_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object], set[str]]:
+    """The run, what ``--json`` printed, and the bars that were seen."""
     output = tmp_path_factory.mktemp("demo") / "run"
     patch = pytest.MonkeyPatch()
     patch.setattr(demo, "EVALUATION_IMAGES", 24)
+    terminal = stderr_on_a_terminal(patch)
     lines: list[str] = []
     patch.setattr("builtins.print", lambda *values, **_: lines.append(" ".join(map(str, values))))
     try:
         assert main(["demo", "--json", f"output={output}", "train.iterations=2", "train.batch_size=4"]) == 0
     finally:
         patch.undo()
-    return output, json.loads(lines[-1])
+    return output, json.loads(lines[-1]), terminal.descriptions()
+
+
+@pytest.fixture(scope="module")
+def short_demo(shown_demo: tuple[Path, dict[str, object], set[str]]) -> tuple[Path, dict[str, object]]:
+    return shown_demo[:2]
+
+
+def test_every_long_part_has_its_bar(shown_demo: tuple[Path, dict[str, object], set[str]]) -> None:
+    arms = {f"evaluate, {arm}" for arm in ("before", "after", "control")}
+    assert arms | {"train the control", "samples", "train, optimizer"} <= shown_demo[2]
+
+
+def test_a_page_without_sample_grids_leaves_them_out(tmp_path: Path) -> None:
+    assert sample_grids(tmp_path, 2.0) == []
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step-2.png").touch()
+    ((title, picture),) = sample_grids(tmp_path, 2.0)
+    assert (title, "samples/step-2.png" in picture) == ("Samples, last", True)
 
 
 def test_json_has_the_promised_shape(short_demo: tuple[Path, dict[str, object]]) -> None:
@@ -49,6 +71,7 @@ def test_run_folder_shows_everything(short_demo: tuple[Path, dict[str, object]])
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.yaml",
+        "config_history.jsonl",
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",

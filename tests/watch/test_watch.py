@@ -309,8 +309,8 @@ def test_records_beyond_the_checkpoint_are_dropped_even_when_nothing_is_watched_
 
 @pytest.mark.posix
 def test_killed_around_a_measurement_the_run_is_the_same(parts: Path, tmp_path: Path) -> None:
-    """In one, and as the base and each record is written: config, metrics and samples are renamed before those."""
-    faults = ("watch:1", "watch:4", "renamed:4", "rename:5", "renamed:6")
+    """In one, and as the base and each record is written: config, history, metrics and samples are renamed before."""
+    faults = ("watch:1", "watch:4", "renamed:5", "rename:6", "renamed:7")
 
     def config(name: str) -> Config:
         asked = ("train.iterations=2", "train.batch_size=2", "samples.count=1", "watch.every=1", "checkpoint.every=1")
