@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-CARDS = (80, 48, 24)
+PROFILES = ("80gb", "80gb_1024px", "48gb", "24gb", "16gb")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 Line = dict[str, Any]
@@ -105,23 +105,23 @@ def gradient_agreement_table(lines: list[Line]) -> str:
 
 
 def families_table(lines: list[Line]) -> str:
-    """Return a row for each model, and for each card the first, and fastest, profile that leaves 8 % of it free."""
-    models: dict[str, list[Line]] = {}
+    """Return a row for each model, with its profiles beside each other."""
+    models: dict[str, dict[str, Line]] = {}
     for line in lines:
-        models.setdefault(line["model"], []).append(line)
+        folder, profile = line["profile"].split("/")
+        models.setdefault(folder, {})[profile] = line
     rows = []
-    for name, profiles in models.items():
-        cells = []
-        for card in CARDS:
-            fits = [line for line in profiles if line["device_peak_bytes"] <= 0.92 * card * 2**30]
-            cells.append(_place(fits[0]) if fits else "-")
-        rows.append([name.split("/")[1], f"{profiles[0]['trainable_parameters'] / 1e9:.1f}", *cells])
-    return markdown(["model", "weights, billions", *(f"{card} GB card" for card in CARDS)], rows)
+    for folder, profiles in models.items():
+        weights = next(iter(profiles.values()))["trainable_parameters"] / 1e9
+        rows.append([f"`{folder}`", f"{weights:.1f}", *(_needs(profiles.get(name)) for name in PROFILES)])
+    return markdown(["folder in `configs`", "weights, billions", *(f"`{name}`" for name in PROFILES)], rows)
 
 
-def _place(line: Line) -> str:
+def _needs(line: Line | None) -> str:
+    if line is None:
+        return "-"
     device, host = (line[f"{side}_peak_bytes"] / 2**30 for side in ("device", "host"))
-    return f"`{line['profile']}`: {device:.1f} + {host:.1f}"
+    return f"{line['height']}: {device:.1f} + {host:.1f}"
 
 
 def _cosine(line: Line | None) -> str:

@@ -30,11 +30,19 @@ from leapalign.trainer import Trainer
 SKELETONS = Path(__file__).parent / "skeletons"
 KNOWN_MODELS = {
     "black-forest-labs/FLUX.1-dev": SKELETONS / "flux1_dev",
+    "black-forest-labs/FLUX.1-schnell": SKELETONS / "flux1_schnell",
+    "black-forest-labs/FLUX.2-dev": SKELETONS / "flux2_dev",
+    "black-forest-labs/FLUX.2-klein-4B": SKELETONS / "flux2_klein_4b",
+    "black-forest-labs/FLUX.2-klein-base-4B": SKELETONS / "flux2_klein_4b",
+    "black-forest-labs/FLUX.2-klein-9B": SKELETONS / "flux2_klein_9b",
+    "black-forest-labs/FLUX.2-klein-base-9B": SKELETONS / "flux2_klein_9b",
     "Qwen/Qwen-Image": SKELETONS / "qwen_image",
     "stabilityai/stable-diffusion-3.5-large": SKELETONS / "stable_diffusion_3_5_large",
-    "black-forest-labs/FLUX.2-klein-base-9B": SKELETONS / "flux2_klein_base_9b",
+    "stabilityai/stable-diffusion-3.5-medium": SKELETONS / "stable_diffusion_3_5_medium",
     "Tongyi-MAI/Z-Image": SKELETONS / "z_image",
+    "Tongyi-MAI/Z-Image-Turbo": SKELETONS / "z_image",
 }
+"""By hub id. Those that share a folder have the same networks; Z-Image-Turbo's noise levels are others."""
 TEXT_TOKENS = 512
 """FLUX.1's length of a prompt; a model folder's tokenizer may say less."""
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -70,8 +69,8 @@ _COUNTED_AS = {
 """Operations that PyTorch has no count of FLOPs for, and those that compute the same."""
 
 
-class _Spectator(TorchDispatchMode):
-    """Counts FLOPs by stage, and lets code that asks a fake tensor for its value go on with 1."""
+class _Spectator(StorageLedger):
+    """Counts FLOPs by stage, too, and lets code that asks a fake tensor for its value go on with 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,9 +79,11 @@ class _Spectator(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # makes nothing, and is more than half of all calls
+            return func(*args)
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         packet = func._overloadpacket
         count = flop_registry.get(_COUNTED_AS.get(packet, packet))
         if count is not None:
@@ -93,8 +94,8 @@ class _Spectator(TorchDispatchMode):
 class _Replay:
     """Runs each function once on tensors of given shapes, and from then on only repeats what it returned and cost."""
 
-    def __init__(self, mode: FakeTensorMode, ledger: StorageLedger, flops: Counter[Stage]) -> None:
-        self._mode, self._ledger, self._flops = mode, ledger, flops
+    def __init__(self, mode: FakeTensorMode, ledger: _Spectator) -> None:
+        self._mode, self._ledger, self._flops = mode, ledger, ledger.flops
         self._seen: dict[Any, tuple[Any, dict[Role, int], Counter[Any], Counter[Any]]] = {}
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -122,9 +123,8 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
     iterate: runs it; another's to compare with.
     """
     config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, attention="native"))
-    ledger, spectator = StorageLedger(), _Spectator()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with progress("simulate, model", len(STAGES), "stage") as bar, watched(_shown_on(bar)), ledger, spectator:
+    ledger, mode = _Spectator(), FakeTensorMode(allow_non_fake_inputs=True)
+    with progress("simulate, model", len(STAGES), "stage") as bar, watched(_shown_on(bar)), ledger:
         parts = skeleton(config, mode)
         _count_parts(ledger, parts)
         trainer = skeleton_trainer(config, parts, torch.device("cpu"))
@@ -136,7 +136,7 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
                 for parameter in parameters:
                     parameter.grad = torch.empty_like(parameter)
         before = TRAFFIC.copy()
-        with run_by(_Replay(mode, ledger, spectator.flops)):
+        with run_by(_Replay(mode, ledger)):
             iterate(trainer)
     rollouts = config.train.batch_size / min(config.rollout.batch_size, config.train.batch_size)
     scale = {name: 1.0 if name == "optimizer" else rollouts for name in STAGES}
@@ -144,7 +144,7 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
         device={name: ledger.device.peaks[name] for name in STAGES if name in ledger.device.peaks},
         host={name: ledger.host.peaks[name] for name in STAGES if name in ledger.host.peaks},
         trainable_parameters=sum(parameter.numel() for parameter in parameters),
-        flops={name: scale[name] * spectator.flops[name] for name in STAGES},
+        flops={name: scale[name] * ledger.flops[name] for name in STAGES},
         traffic={(name, way): scale[name] * size for (name, way), size in (TRAFFIC - before).items() if name in scale},
     )
 

@@ -27,6 +27,8 @@ def run(profile: Path, parts: Path, output: Path, *assignments: str) -> list[dic
         "model.width=32",
         f"reward={{name: pickscore, path: {parts / 'reward'}}}",
         f"prompts.path={parts / 'prompts.txt'}",
+        "prompts.cache=null",
+        "watch={}",
         "threshold=1.0",
         "rollout.num_steps=3",
         "train.batch_size=4",

@@ -19,7 +19,6 @@ from leapalign.models import encode_prompts, load_model
 from leapalign.models.velocity import prompted_velocity
 from leapalign.models.weights import read_weights
 from leapalign.planning.ledger import StorageLedger
-from leapalign.planning.model_skeleton import KNOWN_MODELS
 from leapalign.planning.simulate import STAGES, simulate
 from leapalign.rollout import Rollout, sample_rollout
 from leapalign.runs.checkpoint import TRANSFORMER
@@ -141,10 +140,3 @@ def check_simulation(folder: Path, model: dict[str, Any]) -> None:
         simulated, counted = found.device[stage], real.device.peaks[stage]
         assert simulated.by_role["weights"] == counted.by_role["weights"]
         assert simulated.total == pytest.approx(counted.total, rel=0.005)
-
-
-def parameters_of(known: str, kind: Any) -> int:
-    """How many the transformer of a `KNOWN_MODELS` entry has."""
-    with torch.device("meta"):
-        transformer = kind.from_config(kind.load_config(KNOWN_MODELS[known], subfolder="transformer"))
-    return sum(parameter.numel() for parameter in transformer.parameters())
