@@ -155,7 +155,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny(values: dict[str, Any]) -> dict[str, Any]:
     """A config in little: method, optimizer and memory as they are."""
-    return {**values, **TINY, "train": {**values["train"], **TINY["train"]}}
+    asked = values["train"]
+    micro = min(asked.get("microbatch", 2), TINY["rollout"]["batch_size"])
+    return {**values, **TINY, "train": {**asked, **TINY["train"], "microbatch": micro}}
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ def test_yaml_is_part_of_a_config_that_trains(page: str, block: str, monkeypatch
         block = block.replace(name, instead)
     values = yaml_values(block, page)
     assert values
-    Path("config.yaml").write_text(yaml.safe_dump({**TINY, "output": "run", **values}))
+    small = {key: {**TINY[key], **values.get(key, {})} for key in ("model", "prompts", "rollout", "train", "samples")}
+    Path("config.yaml").write_text(yaml.safe_dump({**TINY, "output": "run", **values, **small}))
     Run.from_config(load_config(Path("config.yaml"))).train()
     assert Path("run", "metrics.jsonl").exists()
 
