@@ -30,7 +30,7 @@ def test_runs_in_the_callers_folder_are_not_those_of_the_cases() -> None:
     Path("runs/flux1_dev/checkpoints").mkdir(parents=True)
     tally = fuzz_inputs.fuzz(range(20), seed=1, run_every=25)
     assert not tally.failures
-    assert tally.outcomes.keys() >= {"config accepted"}
+    assert tally.outcomes.total() >= 20
 
 
 def test_the_fuzzer_sees_tracebacks_and_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
