@@ -1,5 +1,7 @@
 """What every test gets, and the only place that decides which tests are skipped."""
 
+# ruff: noqa: E402 -- the environment comes before what reads it as it is imported.
+
 from __future__ import annotations
 
 import importlib
@@ -8,8 +10,12 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import own_place
+
+own_place.leave_the_callers()
 
 import hypothesis
 import pytest
@@ -21,7 +27,6 @@ if not torch.cuda.is_available():
 
 from leap_kernels import _native, _triton
 
-# More threads gain nothing at these sizes, and on a busy machine they wait for each other.
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("project")
@@ -71,6 +76,14 @@ def _no_sanitizers() -> str | None:
     return None if linked.returncode == 0 else f"{compiler} cannot link sanitizers"
 
 
+def _no_wheel() -> str | None:
+    """Ask for what builds one without a network."""
+    if shutil.which("cmake") is None:
+        return "CMake is not installed"
+    missing = [name for name in ("pip", "scikit_build_core") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed" if missing else None
+
+
 # Marker -> why its tests cannot run here, or None.
 SKIP_RULES: dict[str, Callable[[], str | None]] = {
     "bitsandbytes": _no_bitsandbytes,
@@ -85,6 +98,7 @@ SKIP_RULES: dict[str, Callable[[], str | None]] = {
     "prompt_files": lambda: None if os.environ.get("LEAPALIGN_PROMPT_FILES") else "LEAPALIGN_PROMPT_FILES is not set",
     "sanitizers": _no_sanitizers,
     "triton": lambda: _triton.MISSING,
+    "wheel": _no_wheel,
 }
 
 
@@ -94,6 +108,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = rule() if marked else None
         for item in marked if reason else []:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_callers_folder() -> Iterator[None]:
+    """For fixtures that several tests share."""
+    with own_place.own_folder():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_folder() -> Iterator[None]:
+    with own_place.own_folder():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -241,6 +241,6 @@ def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
 def test_looking_at_every_weight_takes_no_time() -> None:
     """In bfloat16, where PyTorch's isfinite would take 4 seconds a GB."""
     weights = torch.zeros(50_000_000, dtype=torch.bfloat16)
-    started = time.perf_counter()
+    started = time.process_time()
     require_finite([("weights", weights)], "it")
-    assert time.perf_counter() - started < 0.2
+    assert time.process_time() - started < 0.2

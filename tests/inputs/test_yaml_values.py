@@ -39,10 +39,10 @@ def test_plain_data_are_as_written() -> None:
     ],
 )
 def test_all_else_is_one_sentence_soon(text: str, message: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(UserError) as caught:
         yaml_values(text, "file")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1

@@ -128,7 +128,7 @@ def test_the_page_names_tests_that_exist_and_counts_the_kills() -> None:
 def test_there_are_kills_at_every_point() -> None:
     package = Path(__file__).parents[2] / "leapalign"
     named = {name for path in package.rglob("*.py") for name in re.findall(r'\bpoint\("([^"]+)"\)', path.read_text())}
-    assert named == {*KILLS, "watch"}, "those of the watch are in test_watch.py"
+    assert named == {*KILLS, "watch"}, "those of the watch are in test_resumed_watch.py"
 
 
 def test_killed_again_and_again_the_run_is_the_same(parts: Path, whole: Path, tmp_path: Path) -> None:

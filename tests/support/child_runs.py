@@ -37,7 +37,7 @@ def started(target: Callable[..., None], *arguments: Any) -> Any:
 
 def exit_code(process: Any) -> int:
     """Waits for a process; negative: the signal that killed it."""
-    process.join(timeout=120)
+    process.join(timeout=1200)  # long: on a busy machine it may take minutes
     if process.exitcode is None:
         process.kill()
         raise AssertionError("the process does not end")

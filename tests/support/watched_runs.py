@@ -6,7 +6,7 @@ from pathlib import Path
 
 from small_runs import config_of
 
-from leapalign.config import Config
+from leapalign.config import Config, save_config
 
 HELD_OUT = ["a green circle", "three crosses", "a blue square and a circle"]
 METRICS = ("held_out_reward", "saturation", "sharpness", "edge_density", "diversity", "drift")
@@ -22,3 +22,10 @@ def watched(parts: Path, output: Path, *assignments: str) -> Config:
 
 def other_reward(parts: Path) -> str:
     return f"watch.rewards=[{{name: clipscore, path: {parts / 'reward'}}}]"
+
+
+def train_command(parts: Path, output: Path, *assignments: str) -> list[str]:
+    """The command line that trains a run of `watched`."""
+    path = output.with_suffix(".yaml")
+    save_config(watched(parts, output, *assignments), path)
+    return ["train", "--config", str(path)]
