@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from leapalign.inputs.hub import unreadable
 from leapalign.inputs.networks import require_finite
 from leapalign.inputs.validation import UserError, brief, first_of
 
@@ -39,7 +40,7 @@ def _download(repository: str, name: str, setting: str) -> Path:
     try:
         return Path(hf_hub_download(repository, name))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot download {name} from '{repository}' ({brief(error)}); check {setting}") from None
+        raise unreadable(error, repository, setting, f"cannot download {name} from '{repository}'") from None
 
 
 def read_tensors(file: Path, key: str | None = None) -> dict[str, Tensor]:
