@@ -24,7 +24,7 @@ from leapalign.method_gradient import Objective, draw_several, joined, method_ba
 from leapalign.methods import Method, get_method
 from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
-from leapalign.models.velocity import prompted_velocity
+from leapalign.models.velocity import prompted_velocity, require_fit
 from leapalign.optimizers.optimizer import Optimizer
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.prompts.files import read_prompts
@@ -79,6 +79,7 @@ class Trainer:
         require_room(config, model.draw_noise, training_device())
         trainer = cls.assembled(config, model, prompts, None, rewards, method, training_device())
         trainer.embeddings = embeddings_of(config, prompts)
+        require_fit(model, trainer.embeddings)
         return trainer
 
     @classmethod

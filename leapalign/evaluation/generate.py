@@ -15,7 +15,7 @@ from leapalign.inputs.validation import UserError, brief
 from leapalign.memory.placement import place_for_sampling, training_device
 from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
-from leapalign.models.velocity import prompted_velocity
+from leapalign.models.velocity import prompted_velocity, require_fit
 from leapalign.models.weights import load_weights
 from leapalign.rollout import sample_rollout
 
@@ -51,6 +51,7 @@ def image_batches(
     model: FlowModel, embeddings: Any, seeds: Sequence[int], num_steps: int, batch_size: int
 ) -> Iterator[Tensor]:
     """The images of `generate`, ``batch_size`` at a time, on the CPU."""
+    require_fit(model, embeddings)
     sigmas = model.sigmas(num_steps)
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)

@@ -25,7 +25,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import normal_latents
-from leapalign.models.text_encoders import TextEncoder, load_pipeline
+from leapalign.models.text_encoders import TextEncoder, loaded_in_turn
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as FLUX.2's pipelines have it; a folder's tokenizer may say less."""
@@ -131,8 +131,7 @@ class Flux2KleinModel(Flux2Model):
     @staticmethod
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
         """Qwen3's, for ``tokens (B, L, D)``."""
-        pipeline = load_pipeline(Flux2KleinPipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device)
-        yield _tokens(pipeline, min(TEXT_TOKENS, pipeline.tokenizer.model_max_length))
+        return loaded_in_turn(Flux2KleinPipeline, folder, [(("text_encoder", "tokenizer"), _klein)], device, dtype)
 
 
 class Flux2DevModel(Flux2Model):
@@ -141,9 +140,15 @@ class Flux2DevModel(Flux2Model):
     @staticmethod
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
         """Mistral 3's, for ``tokens (B, L, D)``."""
-        yield _tokens(
-            load_pipeline(Flux2Pipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device), TEXT_TOKENS
-        )
+        return loaded_in_turn(Flux2Pipeline, folder, [(("text_encoder", "tokenizer"), _dev)], device, dtype)
+
+
+def _klein(pipeline: Any) -> TextEncoder:
+    return _tokens(pipeline, min(TEXT_TOKENS, pipeline.tokenizer.model_max_length))
+
+
+def _dev(pipeline: Any) -> TextEncoder:
+    return _tokens(pipeline, TEXT_TOKENS)
 
 
 def _tokens(pipeline: Any, length: int) -> TextEncoder:
