@@ -26,8 +26,10 @@ def unreadable(error: Exception, path: str, setting: str, otherwise: str) -> Use
     """The sentence for ``error``, which a library raised while it read from the folder or hub id ``path``.
 
     setting: the option that ``path`` comes from. otherwise: how the sentence begins where the files are to blame, not
-    the way to them.
+    the way to them. A sentence stays as it is.
     """
+    if isinstance(error, UserError):
+        return error
     found = None if os.path.exists(path) else _missing(error, path, setting)
     return UserError(found or f"{otherwise} ({brief(error)}); check {setting}")
 

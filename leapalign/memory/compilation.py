@@ -13,8 +13,8 @@ def require_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.sin)(torch.ones(16, device=device))
     except Exception as error:  # of Triton, or of what builds for it
-        cause = error.__cause__ or error
+        reason = brief(error).partition(" Set TORCHDYNAMO_VERBOSE")[0]  # which is for those who write compilers
         raise UserError(
-            f"model.compile needs {needs}, and PyTorch cannot compile here ({brief(cause)}); install what is missing, "
+            f"model.compile needs {needs}, and PyTorch cannot compile here ({reason}); install what is missing, "
             "or set model.compile to false"
         ) from None

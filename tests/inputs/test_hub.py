@@ -102,6 +102,8 @@ def test_a_network_that_is_down_is_told_too(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_repository_without_the_file_is_there() -> None:
     with pytest.raises(UserError, match=r"'bare/model' is no model in diffusers layout, with a model_index\.json"):
         read_index("bare/model")
+    with pytest.raises(UserError, match=r"^'bare/model' is no model in diffusers layout"):
+        linear_widths("bare/model")
     with pytest.raises(UserError, match=r"cannot download a\.pt from 'bare/model' .*check reward\.path"):
         find_file("bare/model", ("a.pt",))
 

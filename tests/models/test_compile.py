@@ -36,7 +36,7 @@ def test_without_a_compiler_nothing_begins(
     save_config(config_of(parts, tmp_path / "run", "model.compile=true"), tmp_path / "config.yaml")
     line = refused(["train", "--config", str(tmp_path / "config.yaml")], capsys)
     assert "model.compile needs a C++ compiler, and PyTorch cannot compile here (" in line
-    assert line.endswith("or set model.compile to false")
+    assert line.endswith("g++')); install what is missing, or set model.compile to false")
     assert not (tmp_path / "run").exists()
 
 
