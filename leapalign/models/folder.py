@@ -63,7 +63,8 @@ def linear_widths(path: str) -> dict[str, int]:
 
 def holds(path: str, name: str) -> bool:
     """Whether the model in a folder or hub id names a part ``name``. Raises UserError as `read_index`."""
-    return bool(read_index(path).get(name, [None])[0])
+    entry = read_index(path).get(name)
+    return isinstance(entry, list | tuple) and bool(entry[0])
 
 
 def read_index(path: str) -> dict[str, Any]:

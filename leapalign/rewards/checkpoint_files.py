@@ -29,7 +29,8 @@ def find_file(path: str, names: tuple[str, ...], setting: str = "reward.path") -
         if not found:
             raise UserError(f"folder '{path}' holds no {' or '.join(names)}; put it there or change {setting}")
         return found[0]
-    if local.suffix or len(local.parts) != 2 or local.is_absolute():
+    # A version in a hub id, as in "owner/reward-v2.1", is no suffix of a file.
+    if local.suffix in {Path(name).suffix for name in names} or len(local.parts) != 2 or local.is_absolute():
         raise UserError(f"there is no file '{path}'; check {setting}")
     return _download(path, names[0], setting)
 

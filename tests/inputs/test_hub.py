@@ -104,8 +104,9 @@ def test_a_repository_without_the_file_is_there() -> None:
         read_index("bare/model")
     with pytest.raises(UserError, match=r"^'bare/model' is no model in diffusers layout"):
         linear_widths("bare/model")
-    with pytest.raises(UserError, match=r"cannot download a\.pt from 'bare/model' .*check reward\.path"):
-        find_file("bare/model", ("a.pt",))
+    for path in ("bare/model", "bare/model-v2.1"):
+        with pytest.raises(UserError, match=rf"cannot download a\.pt from '{path}' .*check reward\.path"):
+            find_file(path, ("a.pt",))
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "generate", "cache", "memory"])

@@ -24,7 +24,8 @@ ANSWERS: dict[str, tuple[int, dict[str, str]]] = {
 class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         owner = next(owner for owner in ANSWERS if f"/{owner}/" in self.path)
-        status, headers = (200, {}) if self.path.endswith("/bare/model/auth-check") else ANSWERS[owner]
+        is_there = owner == "bare" and self.path.endswith("/auth-check")
+        status, headers = (200, {}) if is_there else ANSWERS[owner]
         self.send_response(status)
         for name, value in {**headers, "Content-Length": "0"}.items():
             self.send_header(name, value)
