@@ -127,6 +127,7 @@ def kept_parts() -> Iterator[None]:
         patch.object(ModelFolder, "part", once(part, copy.deepcopy)),
         patch.object(models, "_encoded", once(encoded, unchanged)),
         patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),  # a hub id is no reason to wait for a network
+        patch.object(models, "require_compiler", unchanged),  # takes seconds, whatever the config
         patch("leapalign.trainer.reward_terms", functools.partial(rewards.reward_terms, make=get_reward)),
     ):
         yield

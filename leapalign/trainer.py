@@ -66,7 +66,7 @@ class Trainer:
     def from_config(cls, config: Config) -> Trainer:
         """Ready to train. Raises UserError before any long work."""
         trainer = cls.unencoded(config)
-        trainer.embeddings = embeddings_of(config, trainer.prompts)
+        trainer.encode()
         return trainer
 
     @classmethod
@@ -87,6 +87,11 @@ class Trainer:
         require_room(config, model.draw_noise, training_device())
         warn_of_cut([(f"reward {term.name}", term.reward) for term in rewards], lambda: prompts)
         return cls.assembled(config, model, prompts, None, rewards, method, training_device())
+
+    def encode(self) -> None:
+        """Has the prompts encoded, or read from the cache. Raises UserError where that fails or does not fit the model."""
+        self.embeddings = embeddings_of(self.config, self.prompts)
+        require_fit(self.model, self.embeddings)
 
     @classmethod
     def assembled(

@@ -17,7 +17,7 @@ from leapalign.inputs.validation import UserError, brief
 from leapalign.memory.placement import place_for_sampling, training_device
 from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
-from leapalign.models.velocity import prompted_velocity
+from leapalign.models.velocity import prompted_velocity, require_fit
 from leapalign.models.weights import load_weights
 from leapalign.reports.progress import progress
 from leapalign.rollout import sample_rollout
@@ -63,6 +63,7 @@ def image_batches(
     description: str = "images",
 ) -> Iterator[Tensor]:
     """The images of `generate`, ``batch_size`` at a time, on the CPU."""
+    require_fit(model, embeddings)
     sigmas = model.sigmas(num_steps)
     with sampling_progress(description, len(seeds), batch_size, num_steps) as step:
         for start in range(0, len(seeds), batch_size):

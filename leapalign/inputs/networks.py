@@ -12,6 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 from safetensors import safe_open
 from torch import Tensor
 
+from leapalign.inputs.hub import unreadable
 from leapalign.inputs.validation import UserError, brief, first_of
 
 
@@ -29,7 +30,7 @@ def read_network(kind: Any, path: str, dtype: torch.dtype, what: str, setting: s
     try:
         network, found = kind.from_pretrained(path, output_loading_info=True, use_safetensors=True, **options)
     except Exception as error:  # what damaged files make the libraries raise has no common type
-        raise UserError(f"cannot load {what} of '{path}' ({brief(error)}); check {setting}") from None
+        raise unreadable(error, path, setting, f"cannot load {what} of '{path}'") from None
     faults = {
         "missing": list(found["missing_keys"]),
         "of another shape": [f"{name} {tuple(there)}" for name, there, *_ in found["mismatched_keys"]],
@@ -50,7 +51,7 @@ def require_class(kind: Any, path: str, what: str, setting: str, part: str) -> N
     try:
         named = kind.load_config(path, subfolder=part).get("_class_name", kind.__name__)
     except Exception as error:  # as above
-        raise UserError(f"cannot load {what} of '{path}' ({brief(error)}); check {setting}") from None
+        raise unreadable(error, path, setting, f"cannot load {what} of '{path}'") from None
     if named != kind.__name__:
         raise UserError(f"{what} of '{path}' is a {named}, and {kind.__name__} is needed; check {setting}")
 

@@ -32,7 +32,7 @@ def shortened(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """The message of ``error`` in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
 

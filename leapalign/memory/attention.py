@@ -7,12 +7,23 @@ import logging
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
 
 from leapalign.inputs.validation import UserError, brief
 
 PREFERRED = ("_flash_3", "flash", "xformers", "native")
 """Fastest first, as their authors measured on GPUs; not measured here."""
+
+NEEDS = {
+    "flash": "the package flash-attn and an NVIDIA GPU",
+    "_flash_3": "FlashAttention 3, built from source, and a Hopper GPU",
+    "xformers": "the package xformers and a GPU",
+}
+"""What a backend takes beyond PyTorch."""
 
 _log = logging.getLogger("leapalign")
 
@@ -32,7 +43,8 @@ def set_attention(model: Any, wanted: str, device: torch.device, dtype: torch.dt
             _log.info("attention runs on '%s'", name)
             return name
         if wanted != "auto":
-            raise UserError(f"memory.attention '{wanted}' does not work here ({problem}); install it or choose auto")
+            needs = NEEDS.get(wanted, "another version of PyTorch")
+            raise UserError(f"memory.attention '{wanted}' needs {needs} ({problem}); provide that, or set it to auto")
         _log.info("attention cannot run on '%s': %s", name, problem)
     raise UserError("no attention backend works here; reinstall torch")
 
@@ -45,6 +57,7 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, masked: bool) 
     query, key, value = (torch.randn(1, 16, 2, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     mask = torch.ones(1, 1, 1, 16, device=device, dtype=torch.bool) if masked else None
     try:
+        _check_attention_backend_requirements(AttentionBackendName(name))
         dispatch_attention_fn(query, key, value, attn_mask=mask, backend=AttentionBackendName(name)).sum().backward()
     except Exception as error:  # whatever third-party kernels raise
         return brief(error)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from leapalign.config import ModelConfig
-from leapalign.inputs.networks import require_whole_files
 from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.inputs.validation import UserError
+from leapalign.memory.compilation import require_compiler
+from leapalign.memory.placement import training_device
 from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.flux import FluxModel
 from leapalign.models.flux2 import Flux2DevModel, Flux2KleinModel
@@ -40,7 +40,9 @@ ENCODED_AT_ONCE = 16
 
 
 def load_model(config: ModelConfig) -> FlowModel:
-    """The model that ``config`` names, with its weights. Raises UserError where it cannot be read."""
+    """The model that ``config`` names, with its weights. Raises UserError where it cannot be read, or compiled."""
+    if config.compile:
+        require_compiler(training_device())
     with progress("load the model", 1, "model") as bar:
         model = assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
         bar.update()
@@ -96,11 +98,9 @@ def guided(config: ModelConfig, prompts: Any, negative: Any) -> Any:
 def text_encoders(config: ModelConfig, device: torch.device) -> Iterator[TextEncoder]:
     """One after the other, on ``device``: in bfloat16 on a GPU, in the model's dtype on a CPU.
 
-    Raises UserError where there are none, or files of one are missing or cut off.
+    Raises UserError where there are none, or one lacks something: before the first encodes thousands of prompts.
     """
     path = resolve(config.path)
-    for part in sorted(Path(path).glob("text_encoder*")):
-        require_whole_files(part)  # before the first one encodes thousands of prompts
     return family_of(path).text_encoders(path, device, text_dtype(config, device))
 
 

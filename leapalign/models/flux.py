@@ -16,7 +16,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, normal_latents, resolution_shift
-from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, load_pipeline
+from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as FLUX.1's pipeline has it; a folder's tokenizer may say less."""
@@ -69,8 +69,8 @@ class FluxModel:
     @staticmethod
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
         """CLIP's, for ``pooled (B, P)``; then T5's, for ``tokens (B, L, D)``."""
-        yield _clip(load_pipeline(FluxPipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device))
-        yield _t5(load_pipeline(FluxPipeline, folder, ("text_encoder_2", "tokenizer_2"), dtype).to(device), dtype)
+        encoders = [(("text_encoder", "tokenizer"), _clip), (("text_encoder_2", "tokenizer_2"), _t5)]
+        return loaded_in_turn(FluxPipeline, folder, encoders, device, dtype)
 
     def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
         """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
@@ -132,8 +132,8 @@ def _clip(pipeline: Any) -> TextEncoder:
     )
 
 
-def _t5(pipeline: Any, dtype: torch.dtype) -> TextEncoder:
-    length = min(TEXT_TOKENS, pipeline.tokenizer_2.model_max_length)
+def _t5(pipeline: Any) -> TextEncoder:
+    length, dtype = min(TEXT_TOKENS, pipeline.tokenizer_2.model_max_length), pipeline.text_encoder_2.dtype
     return LimitedEncoder(
         lambda prompts: {
             "tokens": pipeline._get_t5_prompt_embeds(list(prompts), max_sequence_length=length, dtype=dtype)

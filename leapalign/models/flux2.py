@@ -27,7 +27,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import normal_latents
-from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, load_pipeline
+from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, loaded_in_turn
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as FLUX.2's pipelines have it; a folder's tokenizer may say less."""
@@ -133,10 +133,7 @@ class Flux2KleinModel(Flux2Model):
     @staticmethod
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
         """Qwen3's, for ``tokens (B, L, D)``."""
-        pipeline = load_pipeline(Flux2KleinPipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device)
-        length = min(TEXT_TOKENS, pipeline.tokenizer.model_max_length)
-        text = chat_text(pipeline.tokenizer, enable_thinking=False)
-        yield LimitedEncoder(_tokens(pipeline, length), PromptLimit.of(pipeline.tokenizer, length, text))
+        return loaded_in_turn(Flux2KleinPipeline, folder, [(("text_encoder", "tokenizer"), _klein)], device, dtype)
 
 
 class Flux2DevModel(Flux2Model):
@@ -145,15 +142,24 @@ class Flux2DevModel(Flux2Model):
     @staticmethod
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
         """Mistral 3's, for ``tokens (B, L, D)``."""
-        pipeline = load_pipeline(Flux2Pipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device)
-        processor, system = pipeline.tokenizer, pipeline.system_message
+        return loaded_in_turn(Flux2Pipeline, folder, [(("text_encoder", "tokenizer"), _dev)], device, dtype)
 
-        def lengths(prompts: Sequence[str]) -> list[int]:
-            chats = format_input(list(prompts), system)
-            found = processor.apply_chat_template(chats, add_generation_prompt=False, tokenize=True, return_dict=True)
-            return [len(tokens) for tokens in found["input_ids"]]
 
-        yield LimitedEncoder(_tokens(pipeline, TEXT_TOKENS), PromptLimit(TEXT_TOKENS, lengths))
+def _klein(pipeline: Any) -> TextEncoder:
+    length = min(TEXT_TOKENS, pipeline.tokenizer.model_max_length)
+    text = chat_text(pipeline.tokenizer, enable_thinking=False)
+    return LimitedEncoder(_tokens(pipeline, length), PromptLimit.of(pipeline.tokenizer, length, text))
+
+
+def _dev(pipeline: Any) -> TextEncoder:
+    processor, system = pipeline.tokenizer, pipeline.system_message
+
+    def lengths(prompts: Sequence[str]) -> list[int]:
+        chats = format_input(list(prompts), system)
+        found = processor.apply_chat_template(chats, add_generation_prompt=False, tokenize=True, return_dict=True)
+        return [len(tokens) for tokens in found["input_ids"]]
+
+    return LimitedEncoder(_tokens(pipeline, TEXT_TOKENS), PromptLimit(TEXT_TOKENS, lengths))
 
 
 def _tokens(pipeline: Any, length: int) -> TextEncoder:

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from leapalign.inputs.hub import unreadable
 from leapalign.inputs.networks import read_network, require_class
-from leapalign.inputs.validation import UserError, brief
 
 
 class Parts(Protocol):
@@ -32,10 +32,9 @@ class ModelFolder:
 
     def __init__(self, path: str, dtype: torch.dtype) -> None:
         self.path, self._dtype = path, dtype
-        self._index = read_index(path)
 
     def holds(self, name: str) -> bool:
-        return bool(self._index.get(name, [None])[0])
+        return holds(self.path, name)
 
     def part(self, kind: Any, name: str) -> Any:
         if issubclass(kind, ModelMixin):
@@ -44,7 +43,7 @@ class ModelFolder:
         try:
             return kind.from_pretrained(self.path, subfolder=name)
         except Exception as error:  # wrong values in a file make it raise anything
-            raise UserError(f"cannot load the {name} of '{self.path}' ({brief(error)}); check model.path") from None
+            raise unreadable(error, self.path, "model.path", f"cannot load the {name} of '{self.path}'") from None
 
 
 def linear_widths(path: str) -> dict[str, int]:
@@ -58,8 +57,14 @@ def linear_widths(path: str) -> dict[str, int]:
         with torch.device("meta"):
             transformer = kind.from_config(config)
     except Exception as error:  # wrong values in a config make the class raise anything
-        raise UserError(f"cannot read the transformer of '{path}' ({brief(error)}); check model.path") from None
+        raise unreadable(error, path, "model.path", f"cannot read the transformer of '{path}'") from None
     return {name: module.out_features for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def holds(path: str, name: str) -> bool:
+    """Whether the model in a folder or hub id names a part ``name``. Raises UserError as `read_index`."""
+    entry = read_index(path).get(name)
+    return isinstance(entry, list | tuple) and bool(entry[0])
 
 
 def read_index(path: str) -> dict[str, Any]:
@@ -70,9 +75,8 @@ def read_index(path: str) -> dict[str, Any]:
     try:
         index = dict(DiffusionPipeline.load_config(path))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"'{path}' is no model in diffusers layout, with a model_index.json ({brief(error)}); check model.path"
-        ) from None
+        otherwise = f"'{path}' is no model in diffusers layout, with a model_index.json"
+        raise unreadable(error, path, "model.path", otherwise) from None
     # A part is a folder in this one: no path, which could lead elsewhere.
     return {name: value for name, value in index.items() if name.isidentifier() and _is_entry(value)}
 

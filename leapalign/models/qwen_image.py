@@ -21,7 +21,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import normal_latents, resolution_shift
-from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, load_pipeline
+from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as the pipeline has it."""
@@ -67,7 +67,7 @@ class QwenImageModel:
     @staticmethod
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
         """Qwen2.5-VL's, for ``tokens (B, L, D)`` and ``mask (B, L)`` bool, true where a prompt has a token."""
-        yield _qwen(load_pipeline(QwenImagePipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device))
+        return loaded_in_turn(QwenImagePipeline, folder, [(("text_encoder", "tokenizer"), _qwen)], device, dtype)
 
     def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
         """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""

@@ -18,12 +18,14 @@ from leapalign.config import ModelConfig
 from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
-from leapalign.models.folder import Parts
+from leapalign.models.folder import Parts, holds
 from leapalign.models.latents import decoded, normal_latents, resolution_shift
-from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, load_pipeline
+from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
 
 CLIP_TOKENS = 77
 """Length of a prompt to both CLIP encoders."""
+T5 = "text_encoder_3"
+"""Which a model may come without: zeros then stand for what it would make of a prompt."""
 T5_TOKENS = 256
 """Longest prompt to T5, as the pipeline has it; a folder's tokenizer may say less."""
 
@@ -42,7 +44,9 @@ class StableDiffusion3Model:
         vae: AutoencoderKL,
         height: int,
         width: int,
+        t5: bool = True,
     ) -> None:
+        """t5: whether prompts are encoded with T5, too."""
         self.transformer = transformer.eval()
         self.scheduler = scheduler
         # Trained through, never itself.
@@ -55,6 +59,7 @@ class StableDiffusion3Model:
         if max(height, width) > longest:
             raise UserError(f"model.height {height} and model.width {width} must be at most {longest}")
         self.rows, self.columns = height // factor, width // factor
+        self.t5 = t5
 
     @classmethod
     def assemble(cls, parts: Parts, config: ModelConfig) -> StableDiffusion3Model:
@@ -65,24 +70,24 @@ class StableDiffusion3Model:
             parts.part(AutoencoderKL, "vae"),
             config.height,
             config.width,
+            parts.holds(T5),
         )
 
     @staticmethod
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
-        """Both CLIPs', for ``clip (B, L, C)`` and ``pooled (B, P)``; then T5's, for ``t5 (B, M, D)``."""
+        """Both CLIPs', for ``clip (B, L, C)`` and ``pooled (B, P)``; then T5's, if any, for ``t5 (B, M, D)``."""
         # The pipeline asks the first CLIP for the dtype of the second: they come together.
-        clips = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-        yield _clip(load_pipeline(StableDiffusion3Pipeline, folder, clips, dtype).to(device))
-        t5 = ("text_encoder_3", "tokenizer_3")
-        yield _t5(load_pipeline(StableDiffusion3Pipeline, folder, t5, dtype).to(device), dtype)
+        clips = [(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), _clip)]
+        t5 = [((T5, "tokenizer_3"), _t5)] if holds(folder, T5) else []
+        return loaded_in_turn(StableDiffusion3Pipeline, folder, [*clips, *t5], device, dtype)
 
     def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
         """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
         config = self.transformer.config
         # CLIP's parts side by side, each token's as wide as its pooled embedding.
         clip = torch.zeros(count, min(tokens or CLIP_TOKENS, CLIP_TOKENS), config.pooled_projection_dim)
-        t5 = torch.zeros(count, tokens or T5_TOKENS, config.joint_attention_dim)
-        return PromptEmbeddings({"clip": clip, "pooled": torch.zeros(count, config.pooled_projection_dim), "t5": t5})
+        t5 = {"t5": torch.zeros(count, tokens or T5_TOKENS, config.joint_attention_dim)} if self.t5 else {}
+        return PromptEmbeddings({"clip": clip, "pooled": torch.zeros(count, config.pooled_projection_dim), **t5})
 
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents, one seed an image: ``(len(seeds), C, H/8, W/8)`` float32."""
@@ -99,7 +104,10 @@ class StableDiffusion3Model:
     def velocity(self, latents: Tensor, sigma: Tensor, embeddings: PromptEmbeddings) -> Tensor:
         """``latents (B, C, H/8, W/8)``, per-sample ``sigma (B,)`` -> velocity of the same shape."""
         device, dtype = latents.device, self.transformer.dtype
-        clip, pooled, t5 = (embeddings.parts[name].to(device, dtype) for name in ("clip", "pooled", "t5"))
+        parts = {name: part.to(device, dtype) for name, part in embeddings.parts.items()}
+        clip, pooled, t5 = parts["clip"], parts["pooled"], parts.get("t5")
+        if t5 is None:
+            t5 = clip.new_zeros(len(clip), T5_TOKENS, self.transformer.config.joint_attention_dim)
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return self.transformer(
             hidden_states=latents.to(dtype),
@@ -126,8 +134,8 @@ def _clip(pipeline: Any) -> TextEncoder:
     return LimitedEncoder(encode, PromptLimit.of(pipeline.tokenizer, pipeline.tokenizer_max_length))
 
 
-def _t5(pipeline: Any, dtype: torch.dtype) -> TextEncoder:
-    length = min(T5_TOKENS, pipeline.tokenizer_3.model_max_length)
+def _t5(pipeline: Any) -> TextEncoder:
+    length, dtype = min(T5_TOKENS, pipeline.tokenizer_3.model_max_length), pipeline.text_encoder_3.dtype
     return LimitedEncoder(
         lambda prompts: {"t5": pipeline._get_t5_prompt_embeds(list(prompts), max_sequence_length=length, dtype=dtype)},
         PromptLimit.of(pipeline.tokenizer_3, length),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from leapalign.inputs.networks import read_network
+from leapalign.inputs.networks import read_network, require_whole_files
 from leapalign.inputs.prompt_limits import PromptLimit
-from leapalign.inputs.validation import UserError, brief
-from leapalign.models.folder import read_index
+from leapalign.inputs.tokenizers import read_tokenizer
+from leapalign.inputs.validation import UserError
+from leapalign.models.folder import holds, read_index
 
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 """Some parts of the embeddings of prompts, see `leapalign.models.embeddings.PromptEmbeddings`."""
+Encoding = Callable[[Any], TextEncoder]
+"""Makes a text encoder of a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,12 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 def fingerprint(folder: str) -> str | None:
     """sha256 over the configs, tokenizers and (sampled) weights of the text encoders in ``folder``.
 
-    None where they are not all there: deleted after their work, or in the hub's cache.
+    None where they are not all there: left out, deleted after their work, or in the hub's cache.
     """
     index = read_index(folder)
     names = [name for name, found in index.items() if name.startswith(("text_encoder", "tokenizer")) and found[0]]
     parts = [Path(folder) / name for name in sorted(names)]
-    if not all(part.is_dir() for part in parts):
+    if not parts or not all(part.is_dir() for part in parts):
         return None
     digest = hashlib.sha256()
     for path in (path for part in parts for path in sorted(part.rglob("*")) if path.is_file()):
@@ -68,25 +72,66 @@ def fingerprint(folder: str) -> str | None:
     return digest.hexdigest()
 
 
-def load_pipeline(kind: Any, folder: str, parts: Sequence[str], dtype: torch.dtype) -> Any:
-    """The diffusers pipeline ``kind`` with nothing but ``parts``. Raises UserError where they cannot be read."""
-    index = {name: found for name, found in read_index(folder).items() if isinstance(found, list | tuple)}
-    missing = [name for name in parts if not index.get(name, [None])[0]]
-    if missing:
-        raise UserError(f"'{folder}' has no {missing[0]}, which prompts are encoded with; check model.path")
-    given: dict[str, Any] = {name: None for name in index if name not in parts}
-    for name in parts:
-        part = _transformers_class(folder, name, *index[name])
-        if issubclass(part, PreTrainedModel):
+def loaded_in_turn(
+    kind: Any,
+    folder: str,
+    encoders: Sequence[tuple[Sequence[str], Encoding]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[TextEncoder]:
+    """The text encoders of the diffusers pipeline ``kind`` in a folder or hub id, each gone when the next is loaded.
+
+    encoders: of each its parts, such as ``("text_encoder", "tokenizer")``, and what makes it of the pipeline with
+    nothing but these. Raises UserError where one is not there, and where one cannot be read; of this, before the first
+    is loaded, what can be known without reading weights.
+    """
+    found: dict[str, Any] = {}
+    for name in (name for parts, _ in encoders for name in parts):
+        part = _class_of(folder, name)
+        if not issubclass(part, PreTrainedModel):
+            part = read_tokenizer(folder, f"the {name}", "model.path", name, part)
+        found[name] = part
+    return (
+        make(load_pipeline(kind, folder, {name: found[name] for name in parts}, dtype).to(device))
+        for parts, make in encoders
+    )
+
+
+def load_pipeline(kind: Any, folder: str, parts: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The diffusers pipeline ``kind`` with nothing but ``parts``: tokenizers, and the classes of text encoders.
+
+    Raises UserError where weights cannot be read.
+    """
+    given = dict.fromkeys(inspect.signature(kind).parameters) | dict(parts)
+    for name, part in parts.items():
+        if isinstance(part, type):
             given[name] = read_network(part, folder, dtype, f"the {name}", "model.path", name)
-    try:
-        return kind.from_pretrained(folder, **given)
-    except Exception as error:  # what damaged files make the libraries raise has no common type
-        raise UserError(f"cannot load text encoders from '{folder}' ({brief(error)}); check model.path") from None
+    return kind(**given)
+
+
+def _class_of(folder: str, name: str) -> type[Any]:
+    """The class of a text encoder, which is there and whole, or of a tokenizer. Raises UserError where it is not."""
+    local = Path(folder) / name
+    if not holds(folder, name) or (Path(folder).is_dir() and not local.is_dir()):
+        raise UserError(
+            f"'{folder}' has no {name}, which prompts are encoded with; set model.path to the complete folder, or "
+            "prompts.cache to what leapalign cache made of the prompts with it"
+        )
+    found = _transformers_class(folder, name, *read_index(folder)[name])
+    if issubclass(found, PreTrainedModel) and local.is_dir():
+        if not any(local.glob("*.safetensors")):
+            raise UserError(f"'{local}' holds no safetensors; finish the download")
+        require_whole_files(local)
+    return found
 
 
 def _transformers_class(folder: str, part: str, library: str, name: str) -> type[Any]:
-    """The class of a part. Raises UserError where it is none of transformers: code of a folder is never run."""
+    """The class of a part. Raises UserError where it is none of transformers: code of a folder is never run.
+
+    Of a processor its tokenizer's: there are no images for it, and without torchvision some cannot be loaded.
+    """
+    if library == "transformers" and str(name).endswith("Processor"):
+        return AutoTokenizer
     found = getattr(transformers, str(name), None) if library == "transformers" else None
     if not isinstance(found, type) or str(name).startswith("Auto"):
         raise UserError(

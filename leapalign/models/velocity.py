@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leapalign.inputs.validation import UserError
 from leapalign.models.protocol import FlowModel, GuidingModel
 from leapalign.rollout import VelocityFn
 from leapalign.surrogate import ConditionedVelocity
@@ -35,6 +36,19 @@ class GuidedEmbeddings:
     def to(self, device: torch.device, dtype: torch.dtype) -> GuidedEmbeddings:
         """As `PromptEmbeddings.to`."""
         return replace(self, prompts=self.prompts.to(device, dtype), negative=self.negative.to(device, dtype))
+
+
+def require_fit(model: FlowModel, embeddings: Any) -> None:
+    """Raises UserError where ``embeddings``, which may be those of a cache, are not as wide as ``model`` takes them."""
+    one = slice(0, 1)
+    found = embeddings[one].prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings[one]
+    for name, part in model.blank_embeddings(1, 1).parts.items():
+        given = found.parts.get(name, part)
+        if given.is_floating_point() and given.shape[-1] != part.shape[-1]:
+            raise UserError(
+                f"embeddings of prompts are {given.shape[-1]} wide ({name}), and the model takes {part.shape[-1]}; set "
+                "prompts.cache to those of this model"
+            )
 
 
 def prompted_velocity(model: FlowModel, embeddings: Any) -> ConditionedVelocity:

@@ -22,7 +22,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, normal_latents, resolution_shift
-from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, load_pipeline
+from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, loaded_in_turn
 
 TEXT_TOKENS = 512
 """Longest prompt, in tokens, as Z-Image's pipeline has it; a folder's tokenizer may say less."""
@@ -68,7 +68,7 @@ class ZImageModel:
     @staticmethod
     def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
         """Qwen3's, for ``tokens (B, L, D)`` and, of these, how many belong to the prompt: ``lengths (B,)`` int64."""
-        yield _tokens(load_pipeline(ZImagePipeline, folder, ("text_encoder", "tokenizer"), dtype).to(device))
+        return loaded_in_turn(ZImagePipeline, folder, [(("text_encoder", "tokenizer"), _tokens)], device, dtype)
 
     def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
         """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows).

@@ -18,7 +18,7 @@ from leapalign.inputs.networks import require_class
 from leapalign.inputs.validation import UserError, brief
 from leapalign.methods import get_method
 from leapalign.models import assembled
-from leapalign.models.folder import read_index
+from leapalign.models.folder import holds
 from leapalign.models.lora import add_adapter
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import GuidedEmbeddings
@@ -106,7 +106,7 @@ class _Configs:
     making: contextlib.AbstractContextManager[Any]
 
     def holds(self, name: str) -> bool:
-        return bool(read_index(self.path).get(name, [None])[0])
+        return holds(self.path, name)
 
     def part(self, kind: Any, name: str) -> Any:
         require_class(kind, self.path, f"the {name}", "model.path", name)

@@ -63,14 +63,18 @@ class Manifest:
         return cls(_absolute(path), _pipeline(path), fingerprint(path), dtype)
 
     def is_of(self, config: ModelConfig) -> bool:
-        """Whether the model's text encoders are those of the cache; where they are gone, whether its path is."""
+        """Whether the model's text encoders are those of the cache; where some are gone, whether its path is.
+
+        A folder that has none takes those of any model of its pipeline.
+        """
         path = resolve(config.path)
         if self.pipeline != _pipeline(path):
             return False
         found = fingerprint(path)
         if self.fingerprint and found:
             return self.fingerprint == found
-        return self.model == _absolute(path)
+        bare = Path(path).is_dir() and not any(Path(path).glob("text_encoder*"))
+        return bare or self.model == _absolute(path)
 
 
 def _absolute(path: str) -> str:
@@ -86,6 +90,10 @@ class PromptCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def is_begun(self) -> bool:
+        """Whether it may hold embeddings."""
+        return (self.folder / MANIFEST).exists()
 
     def size(self) -> int:
         """Bytes of all shards."""
@@ -126,7 +134,7 @@ class PromptCache:
 
     def begin(self, config: ModelConfig, dtype: str) -> Manifest:
         """The manifest of a folder to be filled in ``dtype``, a new one where there is none yet."""
-        if (self.folder / MANIFEST).exists():
+        if self.is_begun():
             manifest = self.manifest(config)
             if manifest.dtype != dtype:
                 raise UserError(

@@ -38,15 +38,16 @@ def fill_cache(folder: Path, config: ModelConfig, prompts: Path, device: torch.d
         return itertools.chain(iter_prompts(prompts), negative_prompts(config))
 
     wanted = {hash_of(text) for text in texts()}
-    encoders = text_encoders(config, device)
     cache = PromptCache(folder)
+    # One that is full needs none, and a new one is not begun without them.
+    encoders = None if cache.is_begun() else text_encoders(config, device)
     dtype = str(text_dtype(config, device)).removeprefix("torch.")
     with cache.being_filled():
         manifest = cache.begin(config, dtype)
         held = [cache.held(encoder) & wanted for encoder in range(len(manifest.encoders or ()))]
         if not held or any(done != wanted for done in held):
             held = []
-            for encode in encoders:
+            for encode in encoders or text_encoders(config, device):
                 held.append(_fill(cache, len(held), encode, texts, wanted))
                 del encode  # or two text encoders would be there at once
             shapes = [cache.row_shapes(number) for number in range(len(held))]

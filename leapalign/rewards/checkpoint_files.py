@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from leapalign.inputs.hub import unreadable
 from leapalign.inputs.networks import require_finite
 from leapalign.inputs.validation import UserError, brief, first_of
 
@@ -28,7 +29,8 @@ def find_file(path: str, names: tuple[str, ...], setting: str = "reward.path") -
         if not found:
             raise UserError(f"folder '{path}' holds no {' or '.join(names)}; put it there or change {setting}")
         return found[0]
-    if local.suffix or len(local.parts) != 2 or local.is_absolute():
+    # A version in a hub id, as in "owner/reward-v2.1", is no suffix of a file.
+    if local.suffix in {Path(name).suffix for name in names} or len(local.parts) != 2 or local.is_absolute():
         raise UserError(f"there is no file '{path}'; check {setting}")
     return _download(path, names[0], setting)
 
@@ -39,7 +41,7 @@ def _download(repository: str, name: str, setting: str) -> Path:
     try:
         return Path(hf_hub_download(repository, name))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot download {name} from '{repository}' ({brief(error)}); check {setting}") from None
+        raise unreadable(error, repository, setting, f"cannot download {name} from '{repository}'") from None
 
 
 def read_tensors(file: Path, key: str | None = None) -> dict[str, Tensor]:

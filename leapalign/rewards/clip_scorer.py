@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
+from leapalign.inputs.hub import unreadable
 from leapalign.inputs.networks import read_network
 from leapalign.inputs.prompt_limits import PromptLimit
-from leapalign.inputs.validation import UserError, brief
+from leapalign.inputs.tokenizers import read_tokenizer
 from leapalign.rewards.preprocessing import cover, normalised, unit_vectors
 from leapalign.storage.embedded import resolve
 
@@ -24,7 +25,7 @@ class ClipScorer(torch.nn.Module):
     """``(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``, differentiable in the images."""
 
     def __init__(
-        self, model: CLIPModel, tokenizer: AutoTokenizer, image_processor: CLIPImageProcessor, scale: Scale
+        self, model: CLIPModel, tokenizer: PreTrainedTokenizerBase, image_processor: CLIPImageProcessor, scale: Scale
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
@@ -96,11 +97,9 @@ def read_clip(path: str, processor: str | None, dtype: str) -> tuple[CLIPModel, 
     """
     setting = "reward.processor" if processor else "reward.path"
     path, processor = resolve(path), resolve(processor or path)
+    tokenizer = read_tokenizer(processor, "the tokenizer", setting)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
         image_processor = CLIPImageProcessor.from_pretrained(processor)
     except Exception as error:  # what damaged files make the library raise has no common type
-        raise UserError(
-            f"cannot load tokenizer and image processor from '{processor}' ({brief(error)}); check {setting}"
-        ) from None
+        raise unreadable(error, processor, setting, f"cannot load the image processor of '{processor}'") from None
     return read_network(CLIPModel, path, getattr(torch, dtype), "the reward", "reward.path"), tokenizer, image_processor

@@ -5,30 +5,28 @@ The two compute the same; only the names of the tensors differ, and q, k and v a
 
 from __future__ import annotations
 
-import functools
 import html
-import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from ftfy import fix_text
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from leapalign.inputs.paths import PathText
-from leapalign.inputs.validation import UserError, brief
+from leapalign.inputs.tokenizers import read_tokenizer
+from leapalign.inputs.validation import UserError
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
 from leapalign.rewards.clip_scorer import ClipScorer
 from leapalign.rewards.preprocessing import contain
 from leapalign.rewards.simulated import VIT_H_14, simulated_clip
 from leapalign.storage.embedded import resolve
-
-_log = logging.getLogger("leapalign")
 
 FILES = ("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors", "model.safetensors")
 IMAGE_HEAD, TEXT_HEAD = 80, 64
@@ -72,12 +70,7 @@ class HPSv2:
         file = find_file(resolve(self.path), FILES)
         tensors = read_tensors(file, key="state_dict")
         folder = resolve(self.processor)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # what damaged files make the library raise has no common type
-            raise UserError(
-                f"cannot load CLIP's tokenizer from '{folder}' ({brief(error)}); check reward.processor"
-            ) from None
+        tokenizer = read_tokenizer(folder, "CLIP's tokenizer", "reward.processor")
         config = _config(tensors, file, tokenizer.eos_token_id)
         if len(tokenizer) != config.text_config.vocab_size:
             raise UserError(
@@ -105,19 +98,8 @@ class HPSv2Scorer(ClipScorer):
 
 
 def cleaned(prompt: str) -> str:
-    """As open_clip's tokenizer does first: characters mended by ftfy, which leaves ASCII alone, and HTML undone."""
-    mended = prompt if prompt.isascii() else _mend()(prompt)
-    return html.unescape(html.unescape(mended)).strip()
-
-
-@functools.cache
-def _mend() -> Callable[[str], str]:
-    try:
-        from ftfy import fix_text
-    except ImportError:
-        _log.warning("ftfy is missing: hpsv2 reads curly quotes and the like otherwise than HPSv2; pip install ftfy")
-        return str
-    return fix_text
+    """As open_clip's tokenizer does first: characters mended by ftfy, and HTML undone."""
+    return html.unescape(html.unescape(fix_text(prompt))).strip()
 
 
 def published(name: str) -> str:

@@ -14,11 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from leapalign.inputs.hub import unreadable
 from leapalign.inputs.paths import PathText
-from leapalign.inputs.validation import UserError, brief
+from leapalign.inputs.tokenizers import read_tokenizer
+from leapalign.inputs.validation import UserError
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
 from leapalign.rewards.hpsv3_prompt import IMAGE_TOKEN, REWARD_TOKEN, conversation
@@ -54,11 +56,9 @@ class HPSv3:
         base = resolve(self.base or beside)
         try:
             config = Qwen2VLConfig.from_pretrained(base)
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         except Exception as error:  # what damaged files make the library raise has no common type
-            raise UserError(
-                f"cannot load Qwen2-VL's config and tokenizer from '{base}' ({brief(error)}); check reward.base"
-            ) from None
+            raise unreadable(error, base, "reward.base", f"cannot load Qwen2-VL's config of '{base}'") from None
+        tokenizer = read_tokenizer(base, "Qwen2-VL's tokenizer", "reward.base")
         tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         config.text_config.vocab_size = len(tokenizer)
         model, head = _networks(config, _published_tensors(file), file, getattr(torch, self.dtype))

@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from leapalign.inputs.paths import PathText
 from leapalign.inputs.prompt_limits import PromptLimit
+from leapalign.inputs.tokenizers import read_tokenizer
 from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
@@ -85,12 +86,7 @@ class ImageReward:
         file = find_file(path, ("ImageReward.pt",))
         folder = str(file.parent) if Path(path).is_file() else path
         sizes = _text_sizes(find_file(folder, ("med_config.json",)))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer), trust_remote_code=False)
-        except Exception as error:  # what damaged files make the library raise has no common type
-            raise UserError(
-                f"cannot load BERT's tokenizer from '{self.tokenizer}' ({brief(error)}); check reward.tokenizer"
-            ) from None
+        tokenizer = read_tokenizer(resolve(self.tokenizer), "BERT's tokenizer", "reward.tokenizer")
         if len(tokenizer) > sizes["vocab_size"]:
             raise UserError(
                 f"the tokenizer of '{self.tokenizer}' has {len(tokenizer)} tokens, more than the {sizes['vocab_size']}"

@@ -65,7 +65,7 @@ class Run:
             if watch:
                 watch.recall(trainer.iteration)
         run._require_space()
-        trainer.embeddings = embeddings_of(config, trainer.prompts)
+        trainer.encode()
         if watch:
             watch.embeddings = embeddings_of(config, watch.prompts, "watch.prompts")
         return run

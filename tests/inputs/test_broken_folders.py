@@ -116,7 +116,10 @@ MODELS: dict[str, tuple[Break, str]] = {
         with_tensors("text_encoder_2/model.safetensors", filled("shared.weight", float("nan"))),
         "shared.weight in the text_encoder_2",
     ),
-    "tokenizer is no JSON": (written("tokenizer/tokenizer.json", "{"), "cannot load text encoders"),
+    "tokenizer is no JSON": (written("tokenizer/tokenizer.json", "{"), "cannot load the tokenizer of"),
+    "a text encoder of no class": (with_json("model_index.json", text_encoder_2="T5"), "has no text_encoder_2"),
+    "a later tokenizer has no files": (removed("tokenizer_2/tokenizer.json"), "cannot load the tokenizer_2 of"),
+    "a text encoder without weights": (removed("text_encoder_2/model.safetensors"), "holds no safetensors"),
 }
 REWARDS: dict[str, tuple[Break, str]] = {
     "no weights": (removed("model.safetensors"), "cannot load the reward"),

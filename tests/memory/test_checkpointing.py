@@ -85,5 +85,12 @@ def test_auto_takes_what_works_and_a_missing_backend_is_an_error() -> None:
     transformer = FluxTransformer2DModel(num_layers=1, num_single_layers=0, num_attention_heads=1)
     cpu = torch.device("cpu")
     assert set_attention(transformer, "auto", cpu, torch.float32) == "native"
-    with pytest.raises(UserError, match=r"memory.attention 'xformers' does not work here \(.*choose auto"):
-        set_attention(transformer, "xformers", cpu, torch.float32)
+    for name, needs in (
+        ("flash", "the package flash-attn and an NVIDIA GPU"),
+        ("_flash_3", "FlashAttention 3, built from source, and a Hopper GPU"),
+        ("xformers", "the package xformers and a GPU"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"memory\.attention '{name}' needs {needs} \((?!'NoneType').*set it to auto"
+        ):
+            set_attention(transformer, name, cpu, torch.float32)

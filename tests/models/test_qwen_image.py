@@ -148,8 +148,8 @@ def test_attention_that_takes_no_mask_is_not_chosen(folder: Path, monkeypatch: p
         return query
 
     monkeypatch.setattr("leapalign.memory.attention.dispatch_attention_fn", refuses_masks)
-    with pytest.raises(UserError, match=r"memory\.attention 'flash' does not work here"):
-        set_attention(transformer, "flash", torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match=r"memory\.attention 'native' needs another version"):
+        set_attention(transformer, "native", torch.device("cpu"), torch.float32)
     assert asked[0].dtype == torch.bool
 
 

@@ -14,8 +14,8 @@ from tiny_folders import PROMPTS, TOKENS, save_stable_diffusion_3
 
 from leapalign.config import ModelConfig
 from leapalign.inputs.validation import UserError
-from leapalign.models import encode_prompts, load_model
-from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
+from leapalign.models import load_model
+from leapalign.models.stable_diffusion_3 import T5_TOKENS, StableDiffusion3Model
 
 SIZE = {"height": 64, "width": 96}
 NEGATIVE = "a green circle and"
@@ -28,7 +28,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def sampled(folder: Path, noise: torch.Tensor, output: str, prompts: list[str], scale: float, **parts: Any) -> Any:
+def sampled(
+    folder: Path,
+    noise: torch.Tensor,
+    output: str,
+    prompts: list[str],
+    scale: float,
+    length: int = TOKENS,
+    **parts: Any,
+) -> Any:
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
@@ -37,7 +45,7 @@ def sampled(folder: Path, noise: torch.Tensor, output: str, prompts: list[str], 
         guidance_scale=scale,
         num_inference_steps=checks.STEPS,
         latents=noise,
-        max_sequence_length=TOKENS,
+        max_sequence_length=length,
         output_type=output,
         **SIZE,
     ).images
@@ -99,11 +107,35 @@ def test_sizes_that_the_model_cannot_make_are_refused(folder: Path, size: tuple[
         load_model(ModelConfig(path=str(folder), height=size[0], width=size[1]))
 
 
-def test_a_folder_without_t5_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(params=["null", "absent"])
+def without_t5(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """As diffusers saves a pipeline that was loaded without T5, and as it reads one whose index does not name it."""
     index = json.loads((folder / "model_index.json").read_text())
+    bare = tmp_path / "without_t5"
+    bare.mkdir()
     for part in folder.iterdir():
-        (tmp_path / part.name).symlink_to(part)
-    (tmp_path / "model_index.json").unlink()
-    (tmp_path / "model_index.json").write_text(json.dumps({**index, "text_encoder_3": [None, None]}))
-    with pytest.raises(UserError, match=r"has no text_encoder_3.*check model.path"):
-        encode_prompts(ModelConfig(path=str(tmp_path)), PROMPTS)
+        if part.is_dir() and not part.name.endswith("_3"):
+            (bare / part.name).symlink_to(part)
+    for name in ("text_encoder_3", "tokenizer_3"):
+        index[name] = [None, None]
+        if request.param == "absent":
+            del index[name]
+    (bare / "model_index.json").write_text(json.dumps(index))
+    return bare
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.5])
+def test_without_t5_a_rollout_is_the_pipelines(without_t5: Path, scale: float) -> None:
+    """Zeros of as many tokens as T5 would be given."""
+    config = ModelConfig(path=str(without_t5), true_cfg_scale=scale, negative_prompt=NEGATIVE, **SIZE)
+    model, rollout = checks.rollout_of(config)
+    none = {"text_encoder_3": None, "tokenizer_3": None}
+    latents, images = (
+        sampled(without_t5, rollout.latents[0], kind, PROMPTS, scale, T5_TOKENS, **none) for kind in ("latent", "pt")
+    )
+    checks.check_images(model, rollout, latents, images)
+
+
+def test_without_t5_it_trains_as_simulated(without_t5: Path, tmp_path: Path) -> None:
+    checks.check_training(tmp_path, {"path": str(without_t5), "true_cfg_scale": 4.5, **SIZE})
+    checks.check_simulation(tmp_path, {"path": str(without_t5), **SIZE})

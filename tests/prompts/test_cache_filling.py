@@ -22,7 +22,7 @@ from leapalign import models
 from leapalign.cli import main
 from leapalign.config import ModelConfig
 from leapalign.inputs.validation import UserError
-from leapalign.models import encode_prompts, flux
+from leapalign.models import encode_prompts
 from leapalign.planning.ledger import StorageLedger
 from leapalign.prompts.cache import PromptCache
 from leapalign.prompts.embeddings import CachedEmbeddings
@@ -50,7 +50,7 @@ def test_a_full_cache_loads_no_text_encoder(tmp_path: Path, model: ModelConfig) 
     for name in ENCODERS:
         shutil.rmtree(tmp_path / "model" / name)
     assert filled(tmp_path, model, prompts_of(3))["reused"] == 3
-    with pytest.raises(UserError, match="cannot load the text_encoder"):
+    with pytest.raises(UserError, match="has no text_encoder, which prompts are encoded with"):
         filled(tmp_path, model, prompts_of(4))
 
 
@@ -58,7 +58,8 @@ def test_a_full_cache_loads_no_text_encoder(tmp_path: Path, model: ModelConfig) 
 def test_one_text_encoder_at_a_time(
     tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch, fill: bool
 ) -> None:
-    load, loaded, alive = flux.load_pipeline, [], []
+    text_encoders = sys.modules["leapalign.models.text_encoders"]
+    load, loaded, alive = text_encoders.load_pipeline, [], []
 
     def watched(*arguments: Any) -> Any:
         alive.append(sum(reference() is not None for reference in loaded))
@@ -66,7 +67,7 @@ def test_one_text_encoder_at_a_time(
         loaded.append(weakref.ref(pipeline.text_encoder or pipeline.text_encoder_2))
         return pipeline
 
-    monkeypatch.setattr(flux, "load_pipeline", watched)
+    monkeypatch.setattr(text_encoders, "load_pipeline", watched)
     filled(tmp_path, model, prompts_of(3)) if fill else encode_prompts(model, prompts_of(3))
     assert alive == [0, 0]
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
+import types
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import (
@@ -17,9 +23,11 @@ from diffusers import (
 )
 from tokenizers import pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
+    PixtralImageProcessorPil,
     PixtralVisionConfig,
     Qwen2Tokenizer,
     Qwen3Config,
@@ -28,6 +36,8 @@ from transformers import (
 
 TOKENS = 64
 """Longest prompt of the tokenizer: a token a byte, and five of the chat template."""
+PIXTRAL = "transformers.models.pixtral"
+IMAGE_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role[0] }}{{ message.content }}<|im_end|>{% endfor %}"
@@ -54,15 +64,32 @@ def save_flux2_klein(folder: Path) -> None:
 
 
 def save_flux2_dev(folder: Path) -> None:
-    """FLUX.2 dev as published, but for a tokenizer in place of its processor, which needs torchvision."""
+    """FLUX.2 dev as published: its tokenizer is a processor, which takes images, too."""
     torch.manual_seed(0)
+    tokenizer = byte_tokenizer(MISTRAL_TEMPLATE)
+    tokenizer.add_tokens(list(IMAGE_TOKENS), special_tokens=True)
     Flux2Pipeline(
         scheduler=flux2_scheduler(),
         vae=small_flux2_vae(),
-        text_encoder=small_mistral3(),
-        tokenizer=byte_tokenizer(MISTRAL_TEMPLATE),
+        text_encoder=small_mistral3(len(tokenizer)),
+        tokenizer=tokenizer,
         transformer=small_flux2(joint_attention_dim=3 * WIDTH, guidance_embeds=True),
     ).save_pretrained(folder)
+    PixtralImageProcessorPil().save_pretrained(folder / "tokenizer")
+    settings = {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2}
+    (folder / "tokenizer" / "processor_config.json").write_text(json.dumps(settings))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", "PixtralProcessor"]}))
+
+
+def pixtral_processor(folder: Path) -> Any:
+    """FLUX.2 dev's own processor, which without torchvision is not to be had but for text."""
+    images = types.ModuleType(f"{PIXTRAL}.image_processing_pixtral")
+    images.get_resize_output_image_size = None  # type: ignore[attr-defined]
+    with patch.dict(sys.modules, {images.__name__: images}):
+        kind = importlib.import_module(f"{PIXTRAL}.processing_pixtral").PixtralProcessor
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return kind(PixtralImageProcessorPil(), tokenizer, chat_template=tokenizer.chat_template)
 
 
 def small_flux2(joint_attention_dim: int, guidance_embeds: bool) -> Flux2Transformer2DModel:
@@ -157,10 +184,10 @@ def small_qwen3() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def small_mistral3() -> Mistral3ForConditionalGeneration:
+def small_mistral3(vocabulary: int) -> Mistral3ForConditionalGeneration:
     """FLUX.2 dev takes the hidden states after 10, 20 and 30 layers."""
     text = MistralConfig(
-        vocab_size=len(byte_tokenizer()),
+        vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_hidden_layers=31,

@@ -38,7 +38,7 @@ WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()})
 def save_stable_diffusion_3(folder: Path) -> None:
     """Stable Diffusion 3.5 as published: dual attention in the first block, as medium has it, q and k normed."""
     torch.manual_seed(0)
-    clips = [_clip(width, projection) for width, projection in ((16, 12), (24, 20))]
+    clips = [_clip(width, projection) for width, projection in ((16, 16), (24, 24))]
     StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8,
@@ -50,7 +50,7 @@ def save_stable_diffusion_3(folder: Path) -> None:
             num_attention_heads=4,
             joint_attention_dim=48,
             caption_projection_dim=32,
-            pooled_projection_dim=32,
+            pooled_projection_dim=40,
             pos_embed_max_size=12,
             dual_attention_layers=(0,),
             qk_norm="rms_norm",
