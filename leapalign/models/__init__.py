@@ -117,9 +117,9 @@ def encoded(encode: TextEncoder, prompts: Sequence[str]) -> Iterator[PromptEmbed
 
 def _encoded(config: ModelConfig, prompts: Sequence[str]) -> PromptEmbeddings:
     parts: dict[str, torch.Tensor] = {}
-    for number, encode in enumerate(text_encoders(config, torch.device("cpu")), start=1):
+    for encode in text_encoders(config, torch.device("cpu")):
         made = []
-        with progress(f"encode the prompts, text encoder {number}", len(prompts), "prompt") as bar:
+        with progress("encode the prompts", len(prompts), "prompt") as bar:
             for batch in encoded(encode, prompts):
                 made.append(batch)
                 bar.update(len(batch))
