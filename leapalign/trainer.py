@@ -25,7 +25,7 @@ from leapalign.method_gradient import Objective, draw_several, joined, method_ba
 from leapalign.methods import Method, get_method
 from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
-from leapalign.models.velocity import prompted_velocity
+from leapalign.models.velocity import prompted_velocity, require_fit
 from leapalign.optimizers.optimizer import Optimizer
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.prompts.files import read_prompts
@@ -89,7 +89,7 @@ class Trainer:
         return cls.assembled(config, model, prompts, None, rewards, method, training_device())
 
     def encode(self) -> None:
-        """Has the prompts encoded, or read from the cache. Raises UserError where that fails or does not fit the model."""
+        """Has the prompts encoded, or read from the cache. Raises UserError where they do not fit the model."""
         self.embeddings = embeddings_of(self.config, self.prompts)
         require_fit(self.model, self.embeddings)
 

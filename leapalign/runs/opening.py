@@ -46,6 +46,10 @@ def opened_run(config: Config, resume: bool, step: int | None = None) -> Iterato
     folder = Path(config.output)
     with contextlib.ExitStack() as held:
         if resume:
+            if not folder.is_dir():
+                raise UserError(
+                    f"there is no run '{folder}' to go on with; check --resume, or leave it out to begin one"
+                )
             # At once: a second model in memory could end the first process.
             held.enter_context(run_lock(folder))
             checkpoint = latest_checkpoint(folder) if step is None else named_checkpoint(folder, step)

@@ -176,6 +176,14 @@ def test_the_newest_run_is_the_one_that_was_active_last(
     assert f"continuing {other / 'mine'}, " in capsys.readouterr().err
 
 
+def test_a_run_that_is_not_there_is_not_begun(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--resume", str(tmp_path / "tpyo"), "--config", str(trained / "config.yaml")]
+    assert "there is no run" in refused(arguments, capsys)
+    assert not (tmp_path / "tpyo").exists()
+
+
 def test_without_runs_latest_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
