@@ -114,14 +114,14 @@ def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config
 def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.evaluation.generate import image_batches, sampling_model
     from leapalign.evaluation.image_folder import save_images
-    from leapalign.prompts.embeddings import embeddings_of
+    from leapalign.prompts.embeddings import embeddings_to_sample
     from leapalign.prompts.geneval import prepare_folders, read_metadata
 
     run, step = _run_and_step(arguments)
     config, file, prompts = _config_and_prompts(arguments, run, overrides, arguments.prompt)
     weights = _run_weights(run, step, arguments.weights)
     model = sampling_model(config, weights)
-    embeddings = embeddings_of(config, prompts)
+    embeddings = embeddings_to_sample(config, prompts)
     seeds = range(arguments.seed, arguments.seed + len(prompts))
     arguments.output.mkdir(parents=True, exist_ok=True)
     files = prepare_folders(arguments.output, [] if arguments.prompt else read_metadata(file))
@@ -135,7 +135,7 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     from leapalign.evaluation.evaluate import BASE, RUN, evaluate, evaluation_rewards, figures, summary
     from leapalign.evaluation.page import EvaluationPage
     from leapalign.inputs.prompt_limits import warn_of_cut
-    from leapalign.prompts.embeddings import embeddings_of
+    from leapalign.prompts.embeddings import embeddings_to_sample
     from leapalign.reports.pages import text_table
 
     page = EvaluationPage(arguments.page) if arguments.page else None
@@ -145,7 +145,7 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     arms = {BASE: None, RUN: weights} if weights else {BASE: None}
     rewards = evaluation_rewards(config)
     warn_of_cut([(f"reward {name}", reward) for name, reward in rewards.items()], lambda: prompts)
-    embeddings = embeddings_of(config, prompts)
+    embeddings = embeddings_to_sample(config, prompts)
     scores = evaluate(config, arms, rewards, prompts, embeddings, arguments.seed, page.keep if page else None)
     found = summary(scores)
     print(text_table(*figures(found)))

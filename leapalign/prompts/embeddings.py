@@ -17,10 +17,14 @@ from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.prompts.cache import REMEDY, PromptCache, hash_of, hashes_in, opened, parts_in
 
 
+class MissingPrompts(UserError):
+    """A cache lacks some of the prompts that are asked for."""
+
+
 class CachedEmbeddings:
     """Embeddings of ``prompts`` from a cache, indexable by sample; rows are read when they are asked for.
 
-    Raises UserError where the cache is of another model, damaged, unfinished, or lacks one of the prompts.
+    Raises UserError where the cache is of another model, damaged or unfinished, and MissingPrompts.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, prompts: Sequence[str]) -> None:
@@ -39,7 +43,7 @@ class CachedEmbeddings:
             }
             missing = [prompt for prompt, digest in zip(prompts, hashes, strict=True) if digest not in held]
             if missing:
-                raise UserError(
+                raise MissingPrompts(
                     f"the prompt cache '{folder}' lacks {len(missing)} of {len(prompts)} prompts, the first being "
                     f"{shortened(missing[0])!r}; {REMEDY} {folder}, or set prompts.cache=null"
                 )
@@ -89,3 +93,14 @@ def embeddings_of(config: Config, prompts: Sequence[str], what: str = "prompts")
         CachedEmbeddings(folder, model, prompts),
         CachedEmbeddings(folder, model, negative_prompts(model)),
     )
+
+
+def embeddings_to_sample(config: Config, prompts: Sequence[str]) -> Any:
+    """`embeddings_of`; prompts that the cache lacks are encoded, where the model has its text encoders."""
+    try:
+        return embeddings_of(config, prompts)
+    except MissingPrompts as missing:
+        try:
+            return encode_prompts(config.model, prompts)
+        except UserError:
+            raise missing from None

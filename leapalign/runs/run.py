@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from leapalign.watch.watch import Watch
 
 SHOWN = ("reward", "loss", "grad_norm", "d_j", "d_end")
 SAMPLE_SEED = 2_000_000
+LOGGED_EVERY = 60.0
+"""Seconds between lines where there is no terminal for a bar."""
 
 
 @dataclass
@@ -86,7 +89,7 @@ class Run:
         """
         config, trainer = self.config, self.trainer
         self._prepare_folder()
-        seconds = 0.0
+        seconds, told = 0.0, time.monotonic()
         with (
             MetricsLog(self.folder, trainer.iteration) as log,
             progress("train", config.train.iterations, "it", trainer.iteration) as bar,
@@ -107,6 +110,10 @@ class Run:
                 bar.set_postfix({**values, "s/it": f"{record['seconds']:.2f}"})
                 bar.update()
                 last = trainer.iteration == config.train.iterations
+                if bar.disable and (last or time.monotonic() - told >= LOGGED_EVERY):
+                    told = time.monotonic()
+                    figures = ", ".join(f"{name} {value}" for name, value in values.items())
+                    say(f"iteration {trainer.iteration} of {config.train.iterations}: {figures}")
                 if config.samples.every and (last or trainer.iteration % config.samples.every == 0):
                     self._save_samples()
                 if self.watch and self.watch.due(trainer.iteration):

@@ -31,15 +31,26 @@ COMMANDS = [command for page in PAGES for command in commands(page)]
 STAND_INS = {
     "--resume RUN": "--resume runs/mine",
     "--config CONFIG": "--config configs/tiny.yaml",
+    "--config tiny ": "--config configs/tiny.yaml ",
+    "--config flux1_dev/80gb": "--config configs/flux1_dev/80gb.yaml",
     "--cases 50000": "--cases 20",
 }
 """What a command says, and what is run: names in capitals stand for something, and large numbers take minutes."""
 PAGE_STAND_INS = {
+    "docs/flux.md": {
+        " optimizer.learning_rate=5e-6": " optimizer.learning_rate=5e-6 train.iterations=3",
+        "--resume runs/flux1_dev": "--resume runs/flux1_dev train.iterations=2",
+        "reward='{name: hpsv2, dtype: bfloat16}' ": "",
+    },
     "docs/watch.md": {"leapalign train --resume RUN": "PYTHONPATH=. leapalign train --resume runs/grey"},
 }
 PARSED_ONLY = {
     "make": "a target installs first; `make -n` tells whether it is there",
     ".venv/bin/pre-commit": "it changes the clone",
+    "hf": "it downloads",
+    "pip": "that is how the wheel gets here",
+    "python3 -m venv": "so is this",
+    "tensorboard": "it serves until it is stopped",
     "leapalign demo": "three minutes; tests/tiny has it",
     "python -m pip install .": "that is how the wheel gets here",
     "python -m pytest": "that is what runs this",
@@ -56,6 +67,8 @@ FILES = {
     "prompts.txt": "a red circle\ntwo crosses\n",
     "prompts.jsonl": '{"prompt": "a red circle"}\n{"prompt": "a green square"}\n',
     "grey.py": "\n".join(blocks("docs/watch.md", "python")),
+    "pick_prompts.py": blocks("docs/flux.md", "python")[0],
+    "hpdv2/train.json": json.dumps([{"prompt": f"{number} cats"} for number in (*range(20), *range(20))]),
 }
 """What the pages take for granted in the current folder."""
 
@@ -157,7 +170,17 @@ def tiny(values: dict[str, Any]) -> dict[str, Any]:
     """A config in little: method, optimizer and memory as they are."""
     asked = values["train"]
     micro = min(asked.get("microbatch", 2), TINY["rollout"]["batch_size"])
-    return {**values, **TINY, "train": {**asked, **TINY["train"], "microbatch": micro}}
+    small = {
+        "prompts": {**values.get("prompts", {}), **TINY["prompts"]},
+        "train": {**asked, **TINY["train"], "microbatch": micro},
+    }
+    if "watch" in values:
+        small["watch"] = {
+            **values["watch"],
+            "rewards": [{"name": "clipscore", "path": "embedded:reward"}],
+            "stop_when": [],
+        }
+    return {**values, **TINY, **small}
 
 
 @pytest.fixture(scope="session")
@@ -165,6 +188,7 @@ def outcomes(python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Com
     """What became of each command that is run: None, or what went wrong."""
     folder = tmp_path_factory.mktemp("empty")
     for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     for name in ("benchmarks", "docs"):
         shutil.copytree(ROOT / name, folder / name)

@@ -16,6 +16,7 @@ from tiny_folders import TOKENS, save_qwen_image, save_stable_diffusion_3
 
 from leapalign.config import ModelConfig
 from leapalign.models import encoded, text_encoders
+from leapalign.models.embeddings import joined
 from leapalign.models.text_encoders import LimitedEncoder
 from leapalign.tiny.model import MAX_TOKENS
 
@@ -66,6 +67,6 @@ def test_a_prompt_of_the_limit_is_whole_and_the_next_word_is_not(case: Case, tmp
     assert limit.lengths([prompt(case.words), prompt(case.words + 1)]) == [case.tokens, case.tokens + 1]
 
     full = case.words + case.behind
-    before, last, more = encoded(encode, [prompt(full - 1), prompt(full), prompt(full + 1)]).tensors()[0]
+    before, last, more = joined(list(encoded(encode, [prompt(full - 1), prompt(full), prompt(full + 1)]))).tensors()[0]
     assert torch.equal(last, more)
     assert not torch.allclose(before, last)

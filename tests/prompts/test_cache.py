@@ -89,6 +89,8 @@ def test_commands_read_from_the_cache(tmp_path: Path, model: ModelConfig, capsys
     assert main(["evaluate", *given, "--json"]) == 0
     plain = capsys.readouterr().out
     assert main(["cache", *given, cached]) == 0
+    two_cats = ("--prompt", "two cats", "--output")
+    assert main(["generate", *given, cached, *two_cats, str(tmp_path / "encoded")]) == 0
     for name in ENCODERS:
         shutil.rmtree(tmp_path / "model" / name)
     capsys.readouterr()
@@ -98,7 +100,7 @@ def test_commands_read_from_the_cache(tmp_path: Path, model: ModelConfig, capsys
     spaced = ("--prompt", f" {prompts_of(2)[1]}\n", "--output", str(tmp_path / "spaced"))
     assert main(["generate", *given, cached, *spaced]) == 0
     capsys.readouterr()
-    assert main(["generate", *given, cached, "--output", str(tmp_path / "none"), "--prompt", "two cats"]) == 2
+    assert main(["generate", *given, cached, *two_cats, str(tmp_path / "none")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "lacks 1 of 1 prompts, the first being 'two cats'; run leapalign cache" in line
     assert not (tmp_path / "none").exists()

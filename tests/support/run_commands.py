@@ -28,7 +28,7 @@ def call(program: str, arguments: list[str]) -> int | str | None:
         from leapalign.cli import main
 
         return main(arguments)
-    assert program == "python"
+    assert program in ("python", "python3")
     option, name, *rest = arguments if arguments[0].startswith("-") else ("", *arguments)
     try:
         if option == "-c":
