@@ -25,11 +25,11 @@ def test_the_code_for_diffusers_makes_a_picture(tmp_path: Path, monkeypatch: pyt
     torch.manual_seed(0)
     channels = 4 * vae.config.latent_channels
     transformer = type(build_transformer()).from_config({**build_transformer().config, "in_channels": channels})
-    save_model(Path("exported"), transformer, build_pooled_encoder(), build_token_encoder())
-    vae.save_pretrained("exported/vae")
-    index = json.loads(Path("exported/model_index.json").read_text())
+    save_model(Path("aligned"), transformer, build_pooled_encoder(), build_token_encoder())
+    vae.save_pretrained("aligned/vae")
+    index = json.loads(Path("aligned/model_index.json").read_text())
     index["vae"] = ["diffusers", "AutoencoderKL"]
-    Path("exported/model_index.json").write_text(json.dumps(index))
+    Path("aligned/model_index.json").write_text(json.dumps(index))
     code = blocks("docs/flux.md", "python")[-1]
     for said, instead in HERE.items():
         assert said in code
