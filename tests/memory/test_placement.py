@@ -17,12 +17,12 @@ from leapalign.runs.run_folder import read_metrics
 
 @pytest.fixture(scope="module")
 def plain(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """Ten iterations with everything on the device."""
+    """Five iterations with everything on the device."""
     return run(parts, tmp_path_factory.mktemp("plain"))
 
 
 def run(parts: Path, output: Path, *assignments: str) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    config = config_of(parts, output, BYTES, "train.iterations=10", "samples.every=5", *assignments)
+    config = config_of(parts, output, BYTES, "train.iterations=5", "samples.every=5", *assignments)
     return weights(train(config)), without_time(read_metrics(output))
 
 

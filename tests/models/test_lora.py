@@ -85,7 +85,7 @@ def test_resumed_adapters_continue_to_the_bit(parts: Path, tmp_path: Path, asked
 def test_frozen_weights_stream(parts: Path, tmp_path: Path) -> None:
     """The same run, from less device memory, in bfloat16, too."""
     for dtype in ("float32", "bfloat16"):
-        asked = (RANK, f"model.dtype={dtype}", "memory.checkpointing=blocks")
+        asked = (RANK, f"model.dtype={dtype}", "memory.checkpointing=blocks", "train.iterations=2")
         resident = config_of(parts, tmp_path / f"resident-{dtype}", *asked)
         streamed = config_of(parts, tmp_path / f"streamed-{dtype}", *asked, *STREAMED)
         one, other = adapters(train(resident)), adapters(train(streamed))

@@ -30,7 +30,7 @@ MOMENTS = "optimizer.name=adamw"
     ],
 )
 def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, optimizer: str, place: str) -> None:
-    asked = (*PLACES.get(place, ()), "train.batch_size=8", "rollout.num_steps=5")
+    asked = (*PLACES.get(place, ()), "train.batch_size=8")
     config = config_of(parts, tmp_path, optimizer, *asked)
     real, found = measured(config), simulate(config)
     for simulated, counted in ((found.device, real.device.peaks), (found.host, real.host.peaks)):
