@@ -75,7 +75,7 @@ def test_settings_exist(page: str) -> None:
             and dot
             and section in SECTIONS
             and re.fullmatch(r"\w+", key)
-            and Path(span).suffix not in (".jsonl", ".txt")
+            and Path(span).suffix not in (".json", ".jsonl", ".txt")
         ):
             assert any(key in keys for keys in SECTIONS[section]), span
 

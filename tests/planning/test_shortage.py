@@ -20,7 +20,7 @@ from leapalign.runs.opening import opened_run
 from leapalign.trainer import Trainer
 
 MESSAGE = (
-    r"memory ran out in the surrogate stage of iteration 1, with weights .* GiB.* alive \(.*\); "
+    r"memory ran out in the surrogate stage of iteration 1, with .*weights .* GiB.* alive \(.*\); "
     r"set memory\.checkpointing to blocks: .*; then go on with --resume {run}"
 )
 

@@ -24,7 +24,8 @@ def test_bars_say_what_is_running(parts: Path, tmp_path: Path, monkeypatch: pyte
     terminal = stderr_on_a_terminal(monkeypatch)
     train(watched(parts, tmp_path, "train.iterations=2", "rollout.batch_size=2"))
     shown = terminal.descriptions()
-    assert {"load the model", "load the rewards", "encode the prompts", "samples", "watch"} <= shown
+    assert {"load the model", "load the rewards", "samples", "watch"} <= shown
+    assert {f"encode {what}, text encoder {n}" for what in ("prompts", "watch.prompts") for n in (1, 2)} <= shown
     assert {"train, optimizer", *(f"train, rollout {n}/2" for n in (1, 2))} <= shown
     assert {"train, reward 1/2", "train, surrogate 2/2"} <= shown
     assert not any("3/2" in name or "0/2" in name for name in shown)
@@ -82,7 +83,7 @@ def test_room_for_all_a_run_keeps_is_asked_for_before_training(
     save_config(watched(parts, run, "watch.every=0", f"optimizer.name={name}", *assignments), path)
     free = [1]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, free[0]))
-    monkeypatch.setattr("leapalign.runs.run.embeddings_of", lambda *_: pytest.fail("long work"))
+    monkeypatch.setattr("leapalign.trainer.embeddings_of", lambda *_: pytest.fail("long work"))
     error = refused(["train", "--config", str(path)], capsys)
     assert "a checkpoint needs 0.0" in error
     assert (f"there will be {at_once} more at once" in error) is (at_once > 1)
@@ -97,6 +98,7 @@ def test_what_a_checkpoint_takes_is_known_before_the_first_iteration(
     run = tmp_path / "run"
     asked = ("optimizer.name=adamw", "train.iterations=1", "samples.every=0")
     train(config_of(parts, run, *asked))
+    capsys.readouterr()
     real = sum(path.stat().st_size for path in step_folder(run, 1).rglob("*") if path.is_file())
     path = tmp_path / "config.yaml"
     save_config(config_of(parts, tmp_path / "other", *asked), path)
