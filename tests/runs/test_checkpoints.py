@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from checkpoint_damage import FILES, flip
-from small_runs import config_of, train
+from small_runs import SHORT, config_of, train
 
 from leapalign.cli import main
 from leapalign.inputs.validation import UserError
@@ -23,8 +23,6 @@ from leapalign.storage import durable
 from leapalign.storage.manifest import damage
 from leapalign.trainer import Trainer
 
-SHORT = ("optimizer.name=adamw_8bit", "train.iterations=3", "checkpoint.every=1", "samples.count=1")
-
 
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
@@ -32,19 +30,6 @@ def truncate(path: Path) -> None:
 
 def remove(path: Path) -> None:
     path.unlink()
-
-
-@pytest.fixture(scope="module")
-def trained(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three iterations, each with a checkpoint."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    train(config_of(parts, run, *SHORT))
-    return run
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_the_files_of_a_checkpoint_are_these(trained: Path) -> None:

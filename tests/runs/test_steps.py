@@ -11,7 +11,7 @@ import child_runs
 import pytest
 from checkpoint_damage import flip
 from command_line import refused
-from small_runs import config_of, train, without_time
+from small_runs import SHORT, config_of, without_time
 
 from leapalign.cli import main
 from leapalign.inputs.validation import UserError
@@ -20,21 +20,6 @@ from leapalign.runs.history import FILE as HISTORY
 from leapalign.runs.naming import newest_run, run_and_step
 from leapalign.runs.opening import opened_run
 from leapalign.runs.run_folder import read_metrics
-
-SHORT = ("optimizer.name=adamw_8bit", "train.iterations=3", "checkpoint.every=1", "samples.every=1", "samples.count=1")
-
-
-@pytest.fixture(scope="module")
-def trained(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three iterations, each with a checkpoint and a grid."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    train(config_of(parts, run, *SHORT))
-    return run
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_a_step_is_named_by_its_folder_or_by_number(trained: Path) -> None:

@@ -17,6 +17,7 @@ from leapalign.tiny.train_reward import build_scorer, save_scorer
 from leapalign.trainer import Trainer
 
 PROMPTS = ["a circle", "two squares", "a red cross", "a cross and a square", "four circles"]
+SHORT = ("optimizer.name=adamw_8bit", "train.iterations=3", "checkpoint.every=1", "samples.every=1", "samples.count=1")
 
 
 def make_parts(folder: Path) -> None:
