@@ -14,16 +14,20 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
 from leapalign.evaluation.statistics import Interval
 from leapalign.reports.pages import text_table
+from leapalign.tiny.world import FAMILIES
 
 RESULTS = Path(__file__).parent / "results" / "tiny_study.jsonl"
-FIGURES = ("reward", "held_out_reward", "exact", "lenient", "clean")
+FIGURES = ("reward", "held_out_reward", "exact", "lenient", "clean", "tidy")
 ARMS = ("before", "after", "control")
 
 
@@ -46,6 +50,11 @@ def pooled(intervals: list[dict[str, float]]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def _exact_in(family: str, found: dict[str, Any]) -> float:
+    share: float = found["exact_by_family"][family]
+    return share
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -60,7 +69,14 @@ def main() -> None:
         [figure, *(str(pooled([result["detail"][arm][figure] for result in results])) for arm in ARMS)]
         for figure in FIGURES
     ]
+    plain: dict[str, Callable[[dict[str, Any]], float]] = {"diversity": lambda found: found["diversity"]}
+    plain |= {f"exact, {family}": partial(_exact_in, family) for family in FAMILIES}
+    for name, read in plain.items():
+        rows.append([name, *(f"{mean(read(result['detail'][arm]) for result in results):.3f}" for arm in ARMS)])
     print(text_table(("", *ARMS), rows))
+    for result in results:
+        before, after, of = (result["grid"][key] for key in ("right_before", "right_after", "of"))
+        print(f"seed {result['seed']}: of {of} shown {before} are right before, {after} after")
     print(f"{len(results)} seeds, {sum(result['seconds'] for result in results) / len(results):.0f} s a demo")
 
 

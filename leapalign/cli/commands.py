@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from leapalign.runs.run import Run
 
 PROMPT_CACHE = "runs/prompt_cache"
+PROBE = "runs/probe"
 
 
 def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -31,14 +32,14 @@ def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(profiles()["tiny"], overrides)
     config = dataclasses.replace(config, output=str(unused_folder(Path(config.output))))
     with opened_run(config, resume=False) as run:
-        comparison = run_demo(run.trainer, lambda: _train(run))
+        comparison = run_demo(run, lambda: _train(run))
     if comparison is None:
         return
     folder = Path(config.output)
     page = write_report(comparison, folder)
     result = {
         **summary(comparison),
-        "iterations": config.train.iterations,
+        "iterations": run.trainer.iteration,
         "seconds": time.perf_counter() - started,
         "run": str(folder),
     }
@@ -156,6 +157,31 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
         print(json.dumps({"images": len(prompts), "rewards": intervals}))
 
 
+def probe_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.probe.climb import changes, probe, verdict
+    from leapalign.probe.page import figures, write_probe
+    from leapalign.reports.pages import text_table
+    from leapalign.runs.opening import unused_folder
+
+    for name in ("images", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if arguments.page and arguments.page.exists():
+        raise UserError(f"'{arguments.page}' already exists; choose another --page")
+    config, _, prompts = _config_and_prompts(arguments, None, overrides, [])
+    # From all over the file: many are sorted by what they ask for.
+    chosen = [prompts[i * len(prompts) // arguments.images] for i in range(min(arguments.images, len(prompts)))]
+    climbs = probe(config, chosen, arguments.steps, arguments.seed)
+    page = write_probe(arguments.page or unused_folder(Path(PROBE)), climbs, chosen)
+    print(f"{text_table(*figures(climbs))}\n\n{verdict(climbs)}\n{page}")
+    if arguments.json:
+        moved = {name: of[-1].to_json() for name, of in changes(climbs).items()}
+        means = {name: [float(climb.values[name].mean()) for climb in climbs] for name in climbs[0].values}
+        steps = [climb.steps for climb in climbs]
+        found = {"images": len(chosen), "steps": steps, "means": means, "changes": moved, "verdict": verdict(climbs)}
+        print(json.dumps({**found, "page": str(page)}))
+
+
 def _config_and_prompts(
     arguments: argparse.Namespace, run: Path | None, overrides: list[str], given: list[str]
 ) -> tuple[Config, Path, list[str]]:
@@ -217,7 +243,7 @@ def memory_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.config import load_config
     from leapalign.planning.auto import fastest
     from leapalign.planning.fit import explanation, parse_size, summary
-    from leapalign.planning.simulate import simulate
+    from leapalign.planning.simulate import simulate, simulate_probe
 
     gpu_memory = parse_size(arguments.gpu_memory)
     config = load_config(arguments.config, overrides)
@@ -228,9 +254,10 @@ def memory_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
         print(f"The fastest settings that fit:\n  {' '.join(settings)}\n")
     else:
         found = simulate(config)
-    print(explanation(found, gpu_memory, config))
+    climb = simulate_probe(config)
+    print(explanation(found, climb, gpu_memory, config))
     if arguments.json:
-        print(json.dumps({**summary(found, gpu_memory, config), **result}))
+        print(json.dumps({**summary(found, climb, gpu_memory, config), **result}))
 
 
 def doctor_command(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -56,6 +56,15 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--prompts", type=path_argument, help="prompt file, default the config's")
         command.add_argument("--seed", type=int, default=0, help="noise seed of the first image")
 
+    probe = commands.add_parser("probe", help="where a reward's gradient leads, before training", epilog=OVERRIDES)
+    probe.add_argument("--config", type=path_argument, required=True, help=f"{CONFIG} tiny")
+    probe.add_argument("--prompts", type=path_argument, help="prompt file, default the config's")
+    probe.add_argument("--images", type=int, default=16, help="to climb from, default 16")
+    probe.add_argument("--steps", type=int, default=30, help="of the climb, each a fortieth of a latent's length long")
+    probe.add_argument("--page", type=path_argument, help=f"new folder for a page of pictures, default {run.PROBE}")
+    probe.add_argument("--seed", type=int, default=0, help="noise seed of the first image")
+    probe.set_defaults(execute=run.probe_command)
+
     cache = commands.add_parser("cache", help="encode prompts once, for prompts.cache", epilog=OVERRIDES)
     cache.add_argument("--config", type=path_argument, required=True, help=f"{CONFIG} tiny: names the model")
     cache.add_argument("--prompts", type=path_argument, help="prompt file, default the config's")
@@ -98,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     commands.add_parser(KERNELS, help="list, explain, bench, audit or export the kernels", add_help=False)
 
-    for command in (demo, train, evaluate, cache, memory, doctor):
+    for command in (demo, train, evaluate, probe, cache, memory, doctor):
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 

@@ -42,9 +42,9 @@ class ModelConfig:
     """Trains adapters of this rank beside frozen weights; 0: all weights are trained."""
     lora_targets: tuple[str, ...] = ()
     """How the names of adapted linear layers end; empty: all in the blocks but for modulation."""
-    height: Pixels = 32
+    height: Pixels = 64
     """Of images, in pixels."""
-    width: Pixels = 32
+    width: Pixels = 64
     """Of images, in pixels."""
 
 

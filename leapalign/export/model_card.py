@@ -108,7 +108,6 @@ def _use(export: Export) -> str:
         return f"`{export.file}` is for ComfyUI: {in_comfyui(export.adapter)}, with text encoders and VAE of `{name}`."
     index = read_index(str(export.base))
     dtype = f"torch_dtype=torch.{export.config.model.dtype}"
-    options = dtype if index.get("vae", [None])[0] else f"{dtype}, vae=None"  # some are trained on pixels
     imports = ["DiffusionPipeline"]
     if export.layout == "original":
         imports.append(index[TRANSFORMER][1])
@@ -116,15 +115,15 @@ def _use(export: Export) -> str:
             f"transformer = {imports[1]}.from_single_file(",
             f'    "{export.file}", config="{name}", subfolder="{TRANSFORMER}", {dtype}',
             ")",
-            f'pipeline = DiffusionPipeline.from_pretrained("{name}", transformer=transformer, {options})',
+            f'pipeline = DiffusionPipeline.from_pretrained("{name}", transformer=transformer, {dtype})',
         ]
     elif export.adapter:
         lines = [
-            f'pipeline = DiffusionPipeline.from_pretrained("{name}", {options})',
+            f'pipeline = DiffusionPipeline.from_pretrained("{name}", {dtype})',
             'pipeline.load_lora_weights(".")',
         ]
     else:
-        lines = [f'pipeline = DiffusionPipeline.from_pretrained(".", {options})']
+        lines = [f'pipeline = DiffusionPipeline.from_pretrained(".", {dtype})']
     return "\n".join(["```python", "import torch", f"from diffusers import {', '.join(imports)}", "", *lines, "```"])
 
 

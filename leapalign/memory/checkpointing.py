@@ -26,6 +26,11 @@ def prepare_model(transformer: nn.Module, decoder: nn.Module | None, config: Mem
     """Has ``transformer``, and ``decoder``, recompute what ``config`` says. Raises UserError where one cannot."""
     if config.checkpointing != "none":
         checkpoint_blocks(transformer, config.checkpointing == "attention", config.checkpoint_every)
+    prepare_decoder(decoder, config)
+
+
+def prepare_decoder(decoder: nn.Module | None, config: MemoryConfig) -> None:
+    """Has ``decoder`` recompute where ``config`` says so. Raises UserError where it cannot."""
     if config.checkpoint_decoder and decoder is not None:
         checkpoint_resnets(decoder)
 

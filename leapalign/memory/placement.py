@@ -12,7 +12,7 @@ from torch import nn
 
 from leapalign.config import MemoryConfig
 from leapalign.memory.attention import set_attention
-from leapalign.memory.checkpointing import prepare_model
+from leapalign.memory.checkpointing import prepare_decoder, prepare_model
 from leapalign.memory.host_weights import HostWeights
 
 
@@ -68,6 +68,20 @@ def place_for_sampling(model: Placeable, config: MemoryConfig, device: torch.dev
     """
     residence = config if config.weights == "streamed" else replace(config, optimizer="device")
     place(model, (), replace(residence, checkpointing="none", checkpoint_decoder=False), device)
+
+
+def place_for_climbing(model: Placeable, rewards: Sequence[object], config: MemoryConfig, device: torch.device) -> None:
+    """Moves the decoder of ``model`` and ``rewards`` to ``device``; the transformer's weights are given up.
+
+    Raises UserError for a decoder that cannot recompute.
+    """
+    model.transformer.to("meta")
+    prepare_decoder(model.decoder, config)
+    model.device = device
+    for reward in rewards:
+        place_reward(reward, device)
+    if model.decoder is not None:
+        _move(model.decoder, device)
 
 
 def place_reward(reward: object, device: torch.device) -> None:

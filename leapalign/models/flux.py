@@ -25,8 +25,8 @@ TEXT_TOKENS = 512
 class FluxModel:
     """One FLUX.1 model for images of ``height x width`` pixels.
 
-    Latents are packed, ``(B, tokens, channels)``, as the transformer takes them. Without a ``vae`` the latents are
-    pixels: the decoder only unpacks them. Raises UserError for a size that does not divide into tokens.
+    Latents are packed, ``(B, tokens, channels)``, as the transformer takes them. Raises UserError for a size that does
+    not divide into tokens.
     """
 
     def __init__(
@@ -35,23 +35,23 @@ class FluxModel:
         scheduler: FlowMatchEulerDiscreteScheduler,
         height: int,
         width: int,
-        vae: AutoencoderKL | None = None,
+        vae: AutoencoderKL,
         guidance: float = 3.5,
     ) -> None:
         self.transformer = transformer.eval()
         self.scheduler = scheduler
         # Trained through, never itself.
-        self.vae = vae.eval().requires_grad_(False) if vae else None
+        self.vae = vae.eval().requires_grad_(False)
         self.guidance = guidance
         self.device = torch.device("cpu")
-        # FLUX packs 2x2 latents into a token; without a VAE, a latent is itself 2x2 pixels.
-        pixels_per_token = 2 * (2 ** (len(vae.config.block_out_channels) - 1) if vae else 2)
+        # FLUX packs 2x2 latents into a token.
+        pixels_per_token = 2 * 2 ** (len(vae.config.block_out_channels) - 1)
         if height % pixels_per_token or width % pixels_per_token:
             raise UserError(f"model.height {height} and model.width {width} must be multiples of {pixels_per_token}")
         self.rows, self.columns = height // pixels_per_token, width // pixels_per_token
 
     @property
-    def decoder(self) -> AutoencoderKL | None:
+    def decoder(self) -> AutoencoderKL:
         return self.vae
 
     @classmethod
@@ -62,7 +62,7 @@ class FluxModel:
             parts.part(FlowMatchEulerDiscreteScheduler, "scheduler"),
             config.height,
             config.width,
-            parts.part(AutoencoderKL, "vae") if parts.holds("vae") else None,
+            parts.part(AutoencoderKL, "vae"),
             config.guidance,
         )
 
@@ -120,8 +120,6 @@ class FluxModel:
         batch, _, channels = latents.shape
         unpacked = latents.view(batch, self.rows, self.columns, channels // 4, 2, 2)
         unpacked = unpacked.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * self.rows, 2 * self.columns)
-        if self.vae is None:
-            return torch.nn.functional.pixel_shuffle(unpacked, 2) / 2 + 0.5
         return decoded(self.vae, unpacked)
 
 

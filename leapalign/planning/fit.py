@@ -9,6 +9,7 @@ from typing import Any
 from leapalign.config import Config
 from leapalign.inputs.validation import UserError
 from leapalign.memory.residency import Role, Stage
+from leapalign.planning.ledger import Peak
 from leapalign.planning.simulate import GPUS, Simulation, gib, step_seconds
 from leapalign.reports.pages import text_table
 
@@ -24,8 +25,8 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def summary(found: Simulation, gpu_memory: int, config: Config) -> dict[str, Any]:
-    """What `leapalign memory --json` prints."""
+def summary(found: Simulation, probe: Peak, gpu_memory: int, config: Config) -> dict[str, Any]:
+    """What `leapalign memory --json` prints; probe: a step of `leapalign probe`."""
     return {
         "device_peak_bytes": found.device_peak,
         "host_peak_bytes": found.host_peak,
@@ -34,6 +35,7 @@ def summary(found: Simulation, gpu_memory: int, config: Config) -> dict[str, Any
             name: {"device_peak_bytes": peak.total, "by_role": dict(peak.by_role)}
             for name, peak in found.device.items()
         },
+        "probe": {"device_peak_bytes": probe.total, "by_role": dict(probe.by_role)},
         "pcie_bytes": {way: int(sum(size for (_, w), size in found.traffic.items() if w == way)) for way in _WAYS},
         "flops": {name: int(count) for name, count in found.flops.items()},
         "seconds_computed_not_measured": {gpu: step_seconds(found, gpu) for gpu in GPUS},
@@ -71,10 +73,10 @@ def change(name: Stage, by_role: Mapping[Role, int], config: Config) -> str:
     return "reduce rollout.batch_size, or the size of the images"
 
 
-def explanation(found: Simulation, gpu_memory: int, config: Config) -> str:
+def explanation(found: Simulation, probe: Peak, gpu_memory: int, config: Config) -> str:
     """The same for a reader."""
     rows = []
-    for name, peak in found.device.items():
+    for name, peak in [*found.device.items(), ("leapalign probe", probe)]:
         parts = ", ".join(f"{role} {gib(size)}" for role, size in sorted(peak.by_role.items(), key=lambda e: -e[1]))
         rows.append((name, f"{gib(peak.total)}", parts))
     fits = "fits" if found.device_peak <= gpu_memory else "does not fit"

@@ -23,11 +23,14 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from leapalign.config import Config
+from leapalign.memory.checkpointing import prepare_decoder
 from leapalign.memory.repetition import run_by
 from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for, watched
+from leapalign.method_gradient import Objective
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.planning.ledger import Peak, StorageLedger
 from leapalign.planning.model_skeleton import Skeleton, skeleton, skeleton_trainer
+from leapalign.probe.climb import ascent
 from leapalign.reports.progress import progress
 from leapalign.trainer import Trainer
 
@@ -149,6 +152,24 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
     )
 
 
+def simulate_probe(config: Config) -> Peak:
+    """The device's peak in a step of `leapalign.probe`, by role: the decoder, the rewards, what they keep; without the
+    model. Raises UserError where the model's configs cannot be read."""
+    ledger, mode = _Spectator(), FakeTensorMode(allow_non_fake_inputs=True)
+    with progress("simulate, probe", 1, "stage"):
+        parts = skeleton(config, mode)
+        with ledger, run_by(_Replay(mode, ledger)):
+            _count_frozen(ledger, parts)
+            prepare_decoder(parts.model.decoder, config.memory)
+            objective = Objective(
+                parts.model.decode, parts.rewards, config.train.reward_chunk, config.equal_reward_gradients
+            )
+            size = min(config.rollout.batch_size, len(parts.embeddings))
+            latents = parts.model.draw_noise(range(size))
+            ascent(objective, latents, ["a prompt"] * size, torch.ones(size))
+    return ledger.device.peaks["reward"]
+
+
 def _shown_on(bar: Any) -> Callable[[Stage], contextlib.AbstractContextManager[None]]:
     """Has ``bar`` say which stage is running."""
 
@@ -166,13 +187,17 @@ def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:
 
 
 def _count_parts(ledger: StorageLedger, parts: Skeleton) -> None:
-    transformer, frozen = parts.model.transformer, [parts.model.decoder, *(term.reward for term in parts.rewards)]
+    transformer = parts.model.transformer
     ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
-    for module in frozen:
-        if isinstance(module, nn.Module):
-            ledger.count(*module.parameters(), *module.buffers(), role="reward")
+    _count_frozen(ledger, parts)
     embeddings = parts.embeddings
     ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())
+
+
+def _count_frozen(ledger: StorageLedger, parts: Skeleton) -> None:
+    for module in (parts.model.decoder, *(term.reward for term in parts.rewards)):
+        if isinstance(module, nn.Module):
+            ledger.count(*module.parameters(), *module.buffers(), role="reward")
 
 
 def step_seconds(found: Simulation, gpu: str) -> dict[Stage, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -55,11 +56,15 @@ def _wrapped(caption: str, width: int, font: ImageFont.ImageFont | ImageFont.Fre
 
 
 def before_after_grid(
-    before: Tensor, after: Tensor, captions: Sequence[str], verdicts: Sequence[tuple[bool, bool]], side: int = 112
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    captions: Sequence[str],
+    verdicts: Sequence[tuple[bool, bool]],
+    side: int = 128,
 ) -> Image.Image:
     """Pairs side by side, before left and after right, framed green where the judge agrees and red where not.
 
-    before, after: ``(N, 3, H, W)``; verdicts: ``(before, after)`` per image.
+    before, after: N images ``(3, H, W)``; verdicts: ``(before, after)`` per image.
     """
     font = ImageFont.load_default(12)
     columns, frame = 3, 4
@@ -81,20 +86,35 @@ def before_after_grid(
     return sheet
 
 
-def learning_curve(records: Sequence[dict[str, float]], path: Path) -> None:
-    """Reward, loss, gradient norm and leap distances over the iterations of ``records``, as a PNG at ``path``."""
-    panels = (("reward",), ("loss",), ("grad_norm",), ("d_j", "d_end"))
-    shown = [[name for name in names if name in records[0]] for names in panels]
-    shown = [names for names in shown if names]
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 2.8), layout="constrained")
-    steps = [record["iteration"] for record in records]
-    for axis, names in zip(axes, shown, strict=True):
-        for name in names:
-            axis.plot(steps, [record[name] for record in records], label=name, linewidth=1.4)
-        axis.set_title(", ".join(names), fontsize=10)
-        axis.set_xlabel("iteration", fontsize=9)
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+@dataclass(frozen=True)
+class Curve:
+    """A line of a `chart`: ``values[i]`` at ``steps[i]``; raw ones are shown faintly behind their smoothed course."""
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    raw: bool = True
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Centred means over ``window`` values, fewer at the ends."""
+    half = window // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def chart(curves: Sequence[Curve], path: Path, axis_label: str = "iteration", dark: bool = False) -> None:
+    """Draws ``curves`` as a PNG at ``path``, with a transparent ground for a light page or a ``dark`` one."""
+    with plt.style.context("dark_background" if dark else "default"):
+        figure, axis = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
+        for curve in curves:
+            values = smoothed(curve.values, max(1, len(curve.values) // 8)) if curve.raw else curve.values
+            marker = None if curve.raw else "o"
+            (line,) = axis.plot(curve.steps, values, label=curve.label, linewidth=1.8, marker=marker, markersize=4)
+            if curve.raw:
+                axis.plot(curve.steps, curve.values, color=line.get_color(), alpha=0.3, linewidth=0.8)
+        axis.set_xlabel(axis_label, fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=9)
+        figure.savefig(path, dpi=150, transparent=True)
+        plt.close(figure)

@@ -6,6 +6,7 @@ shared embedding space) and resolution (it sees every pixel).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from leapalign.storage.embedded import FOLDER
 from leapalign.storage.modes import save_file
 from leapalign.tiny.model import MAX_TOKENS, SPECIAL, WORDS, build_tokenizer
 
@@ -20,7 +22,7 @@ WEIGHTS = "model.safetensors"
 
 
 class Critic(nn.Module):
-    """``(images (B, 3, 32, 32) in [0, 1], prompts) -> (B,)``, probability that the image satisfies the prompt."""
+    """``(images (B, 3, 64, 64) in [0, 1], prompts) -> (B,)``, probability that the image satisfies the prompt."""
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -32,6 +34,9 @@ class Critic(nn.Module):
             nn.GroupNorm(4, width),
             nn.SiLU(),
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            nn.GroupNorm(4, 2 * width),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 4, stride=2, padding=1),
             nn.GroupNorm(4, 2 * width),
             nn.SiLU(),
             nn.Conv2d(2 * width, width, 1),
@@ -66,3 +71,13 @@ class Critic(nn.Module):
         critic = cls()
         critic.load_state_dict(load_file(folder / WEIGHTS))
         return critic.eval().requires_grad_(False)
+
+
+@functools.cache
+def embedded_critic() -> Critic:
+    return Critic.load(FOLDER / "critic")
+
+
+def critic(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The embedded critic as a reward of a config: ``{name: custom, function: "leapalign.tiny.critic:critic"}``."""
+    return embedded_critic()(images, prompts)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
 
 from leapalign.config import Config, MemoryConfig
 from leapalign.memory.placement import place, training_device
@@ -19,16 +21,28 @@ from leapalign.models.protocol import FlowModel
 from leapalign.optimizers.optimizer import Optimizer
 from leapalign.reports.progress import progress
 from leapalign.reward_gradient import RewardFn
-from leapalign.storage.embedded import FOLDER
+from leapalign.runs.run import Run
 from leapalign.streams import CONTROL_STREAM, EVALUATION_STREAM, seed_of
-from leapalign.tiny.critic import Critic
+from leapalign.tiny.critic import embedded_critic
 from leapalign.tiny.evaluate import RULES, Evaluation, evaluate
-from leapalign.tiny.train_base import PHASES, draw_batch, flow_matching_loss
+from leapalign.tiny.train_base import PHASES, Examples, flow_matching_loss
 from leapalign.tiny.world import FAMILIES, Prompt, all_prompts, balanced_prompts, split_prompts
-from leapalign.trainer import Trainer
 
 EVALUATION_IMAGES = 432
+SHOWN = 24
+CONTROL_SCENES = 8  # of each prompt: what the control trains on
 REWARD, HELD_OUT_REWARD = "reward", "held_out_reward"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt and noise: ``before`` and ``after`` training, ``(3, H, W)`` each, and whether each is right."""
+
+    prompt: Prompt
+    before: Tensor
+    after: Tensor
+    right_before: bool
+    right_after: bool
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,14 @@ class Comparison:
     after: Evaluation
     control: Evaluation
     seconds: float
+
+    @property
+    def shown(self) -> list[Pair]:
+        """The first ``SHOWN`` pairs. Prompts cycle through the families: the first of each, not the best."""
+        columns = zip(self.before.prompts, self.before.images, self.after.images, strict=True)
+        verdicts = zip(self.before.verdicts, self.after.verdicts, strict=True)
+        pairs = [Pair(*column, a.exact, b.exact) for column, (a, b) in zip(columns, verdicts, strict=True)]
+        return pairs[:SHOWN]
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,7 @@ class HeldOut:
     def load(cls, config: Config, reward: RewardFn) -> HeldOut:
         prompts = balanced_prompts(split_prompts()[1], EVALUATION_IMAGES)
         embeddings = encode_prompts(config.model, [prompt.text for prompt in prompts])
-        rewards: dict[str, RewardFn] = {REWARD: reward, HELD_OUT_REWARD: Critic.load(FOLDER / "critic")}
+        rewards: dict[str, RewardFn] = {REWARD: reward, HELD_OUT_REWARD: embedded_critic()}
         return cls(prompts, embeddings, rewards, seed_of(config.seed, EVALUATION_STREAM, 0))
 
     def evaluate(self, model: FlowModel, arm: str) -> Evaluation:
@@ -71,28 +93,30 @@ def train_control(config: Config, seconds: float) -> FlowModel:
     embeddings, row = encode_prompts(config.model, texts), {text: i for i, text in enumerate(texts)}
     seed = seed_of(config.seed, CONTROL_STREAM, 0)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    assert isinstance(model.decoder, AutoencoderKL)
+    examples = Examples(model.decoder, CONTROL_SCENES, rng)
     started = time.perf_counter()
     with progress("train the control", math.ceil(seconds), "s") as bar:
         while (passed := time.perf_counter() - started) < seconds:
             bar.update(int(passed) - bar.n)
-            captions, images = draw_batch(config.train.batch_size, PHASES[-1].caption_noise, rng)
+            captions, latents = examples.draw(config.train.batch_size, PHASES[-1].caption_noise, rng)
             chosen = embeddings[torch.tensor([row[caption] for caption in captions])]
-            flow_matching_loss(model, chosen, images, generator).backward()
+            flow_matching_loss(model, chosen, latents, generator).backward()
             optimizer.step()
     optimizer.average.copy_to(parameters)
     return model
 
 
-def run_demo(trainer: Trainer, train: Callable[[], float]) -> Comparison | None:
+def run_demo(run: Run, train: Callable[[], float]) -> Comparison | None:
     """Evaluates before and after training by ``train``, which returns its seconds, and after an equal-time control.
 
-    None where ``train`` was stopped before the last iteration.
+    None where somebody stopped ``train`` before the last iteration; the watch may.
     """
-    config = trainer.config
+    trainer, config = run.trainer, run.trainer.config
     held_out = HeldOut.load(config, trainer.rewards[0].reward)
     before = held_out.evaluate(trainer.model, "before")
     seconds = train()
-    if trainer.iteration < config.train.iterations:
+    if trainer.iteration < config.train.iterations and not (run.watch and run.watch.stop):
         return None
     with trainer.optimizer.averaged_weights():
         after = held_out.evaluate(trainer.model, "after")
@@ -109,6 +133,8 @@ def summary(comparison: Comparison) -> dict[str, Any]:
             REWARD: arm.score(REWARD).to_json(),
             HELD_OUT_REWARD: arm.score(HELD_OUT_REWARD).to_json(),
             **{rule: arm.accuracy(rule).to_json() for rule in RULES},
+            "tidy": arm.untidiness().to_json(),
+            "diversity": arm.diversity(),
             "exact_by_family": arm.by_family("exact"),
             "lenient_by_family": arm.by_family("lenient"),
         }
@@ -120,4 +146,16 @@ def summary(comparison: Comparison) -> dict[str, Any]:
     }
     control = {key: detail["control"][figure]["mean"] for key, figure in headline.items()}
     families = {family: {name: detail[name]["exact_by_family"][family] for name in arms} for family in FAMILIES}
-    return {**means, "control": control, "accuracy_by_family": families, "detail": detail}
+    pairs = comparison.shown
+    return {
+        **means,
+        "control": control,
+        "tidy": {name: detail[name]["tidy"]["mean"] for name in ("before", "after")},
+        "grid": {
+            "right_before": sum(pair.right_before for pair in pairs),
+            "right_after": sum(pair.right_after for pair in pairs),
+            "of": len(pairs),
+        },
+        "accuracy_by_family": families,
+        "detail": detail,
+    }

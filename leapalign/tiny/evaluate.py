@@ -13,8 +13,9 @@ from leapalign.evaluation.statistics import Interval, mean_interval, share_inter
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.protocol import FlowModel
 from leapalign.reward_gradient import RewardFn
-from leapalign.tiny.judge import Verdict, judge
+from leapalign.tiny.judge import Verdict, detect, untidiness, verdict
 from leapalign.tiny.world import FAMILIES, Prompt
+from leapalign.watch import image_statistics
 
 NUM_STEPS = 25
 RULES = ("exact", "lenient", "clean")
@@ -22,11 +23,12 @@ RULES = ("exact", "lenient", "clean")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``images (N, 3, H, W)`` in [0, 1] with each one's prompt, verdict and scores ``(N,)`` by reward name."""
+    """``images (N, 3, H, W)`` in [0, 1] with each one's prompt, verdict, untidiness, and scores ``(N,)`` by reward."""
 
     prompts: Sequence[Prompt]
     images: Tensor
     verdicts: Sequence[Verdict]
+    untidy: Sequence[float]
     scores: dict[str, Tensor]
 
     def accuracy(self, rule: str = "exact", family: str | None = None) -> Interval:
@@ -36,6 +38,19 @@ class Evaluation:
 
     def score(self, reward: str) -> Interval:
         return mean_interval(self.scores[reward].tolist())
+
+    def untidiness(self) -> Interval:
+        """Mean absolute difference to a drawing of what the judge finds, images in [0, 1]."""
+        return mean_interval(self.untidy)
+
+    def diversity(self) -> float:
+        """How much images of one prompt differ, whatever their seeds: see `image_statistics.diversity`."""
+        groups = [
+            image_statistics.small(self.images[[p == prompt for p in self.prompts]]) for prompt in set(self.prompts)
+        ]
+        return float(
+            torch.tensor([image_statistics.diversity(group[None]) for group in groups if len(group) > 1]).mean()
+        )
 
     def by_family(self, rule: str = "exact") -> dict[str, float]:
         return {family: self.accuracy(rule, family).mean for family in FAMILIES}
@@ -58,5 +73,7 @@ def evaluate(
     texts = [prompt.text for prompt in prompts]
     with torch.no_grad():
         scores = {name: reward(images, texts) for name, reward in (rewards or {}).items()}
-    verdicts = [judge(image.numpy(), prompt) for image, prompt in zip(images, prompts, strict=True)]
-    return Evaluation(prompts, images, verdicts, scores)
+    found = [detect(image.numpy()) for image in images]
+    verdicts = [verdict(seen, prompt) for seen, prompt in zip(found, prompts, strict=True)]
+    untidy = [untidiness(image.numpy(), seen) for image, seen in zip(images, found, strict=True)]
+    return Evaluation(prompts, images, verdicts, untidy, scores)

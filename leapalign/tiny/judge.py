@@ -1,14 +1,15 @@
 """An exact, rule-based judge of tiny-world images: what is in the picture, and is it what the prompt asked for.
 
 Two verdicts are given side by side. *Exact*: nothing missing, nothing extra, every blob recognised (merged blobs
-are not). *Lenient*: GenEval's rule, which asks only that the objects named are there.
+are not). *Lenient*: GenEval's rule, which asks only that the objects named are there. Beside them stands how far the
+picture is from a tidy drawing of what it holds: what stripes, stains and speckles cost.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -22,12 +23,14 @@ from leapalign.tiny.world import (
     Prompt,
     Thing,
     relation_holds,
+    render,
     shape_mask,
 )
 
 FOREGROUND_DISTANCE = 0.35  # RGB distance from the background above which a pixel belongs to an object
-SPECK_AREA = 6  # pixels; smaller blobs are dust, not objects
-MIN_OVERLAP = 0.75  # intersection over union with the best shape template, shifted by at most a pixel
+SPECK_AREA = 24  # pixels; smaller blobs are dust, not objects
+MIN_OVERLAP = 0.75  # intersection over union with the best shape template, shifted by at most SHIFT pixels
+SHIFT = 2
 TEMPLATE_COVERAGE = 0.4  # a template pixel counts as covered above this, as FOREGROUND_DISTANCE sees it
 MIN_COLOR_SHARE = 0.75  # of a blob's pixels must be nearest to one palette colour
 MAX_COLOR_DISTANCE = 0.35  # mean RGB distance from that colour
@@ -52,11 +55,11 @@ class Verdict:
 
 @functools.cache
 def _templates() -> tuple[np.ndarray, tuple[str, ...]]:
-    """Every shape at every shift of up to a pixel, ``(N, CELL_SIZE, CELL_SIZE)`` bool, and the N shape names."""
+    """Every shape at every shift of up to ``SHIFT`` pixels, ``(N, CELL_SIZE, CELL_SIZE)`` bool, and the N names."""
     masks, names = [], []
     for shape in SHAPES:
         mask = shape_mask(shape) > TEMPLATE_COVERAGE
-        for shift in itertools.product((-1, 0, 1), repeat=2):
+        for shift in itertools.product(range(-SHIFT, SHIFT + 1), repeat=2):
             masks.append(np.roll(mask, shift, axis=(0, 1)))
             names.append(shape)
     return np.stack(masks), tuple(names)
@@ -130,6 +133,16 @@ def verdict(found: Detection, prompt: Prompt) -> Verdict:
     clean = found.unrecognised == 0
     exact = lenient and clean and len(found.objects) == len(prompt.things)
     return Verdict(exact=exact, lenient=lenient, clean=clean)
+
+
+def untidiness(image: np.ndarray, found: Detection) -> float:
+    """Mean absolute difference between ``image (3, H, W)`` in [0, 1] and `render` of what was ``found`` in it, each
+    object in the middle of its cell. 0 for a rendered scene."""
+    middle = [
+        replace(item, x=(item.x // CELL_SIZE + 0.5) * CELL_SIZE, y=(item.y // CELL_SIZE + 0.5) * CELL_SIZE)
+        for item in found.objects
+    ]
+    return float(np.abs(image - render(middle)).mean())
 
 
 def judge(image: np.ndarray, prompt: Prompt) -> Verdict:

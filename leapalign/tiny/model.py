@@ -1,6 +1,7 @@
 """The tiny FLUX: the real diffusers and transformers classes at a size that trains on a laptop CPU.
 
-A folder in the diffusers FLUX.1 layout without a ``vae``: latents are pixels, packed as FLUX packs them.
+A folder in the diffusers FLUX.1 layout: a picture of 64 x 64 pixels has 8 x 8 latents of 4 channels, packed 2 x 2
+into 16 tokens of 16 channels.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -20,10 +22,11 @@ from transformers import (
 )
 
 from leapalign.storage.modes import save_pretrained
-from leapalign.tiny.world import COLORS, NUMBERS, PLURALS, SHAPES
+from leapalign.tiny.world import COLORS, IMAGE_SIZE, NUMBERS, PLURALS, SHAPES
 
 MAX_TOKENS = 8
 TEXT_WIDTH = 64
+LATENT_CHANNELS = 4
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 WORDS = ("a", "and", "left", "right", "of", "above", "below", *COLORS, *SHAPES, *PLURALS.values(), *NUMBERS.values())
 
@@ -81,10 +84,10 @@ def build_token_encoder() -> T5EncoderModel:
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """Velocity network over 8x8 tokens of 4x4 RGB pixels."""
+    """Velocity network over 4 x 4 tokens, each 2 x 2 latents: 16 x 16 pixels."""
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=48,
+        in_channels=4 * LATENT_CHANNELS,
         num_layers=2,
         num_single_layers=2,
         attention_head_dim=24,
@@ -93,6 +96,24 @@ def build_transformer() -> FluxTransformer2DModel:
         pooled_projection_dim=TEXT_WIDTH,
         guidance_embeds=False,
         axes_dims_rope=(8, 8, 8),
+    )
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """Pictures to latents an eighth as high and wide, and back: FLUX.1's class without its attention."""
+    widths = (12, 24, 48, 64)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=IMAGE_SIZE,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
     )
 
 
@@ -113,6 +134,7 @@ def save_model(
     transformer: FluxTransformer2DModel,
     pooled_encoder: CLIPTextModel,
     token_encoder: T5EncoderModel,
+    autoencoder: AutoencoderKL,
 ) -> None:
     """Writes the parts in the layout ``FluxPipeline.from_pretrained`` reads."""
     tokenizer = build_tokenizer()
@@ -123,6 +145,7 @@ def save_model(
         "text_encoder_2": token_encoder,
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer,
+        "vae": autoencoder,
     }
     for name, part in parts.items():
         save_pretrained(part, folder / name)
@@ -134,16 +157,16 @@ def save_model(
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "tokenizer_2": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": [None, None],
+        "vae": ["diffusers", "AutoencoderKL"],
         "image_encoder": [None, None],
         "feature_extractor": [None, None],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def pack_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Images ``(B, 3, H, W)`` in [0, 1] to packed pixel latents ``(B, H/4 * W/4, 48)`` in [-1, 1]."""
-    latents = torch.nn.functional.pixel_unshuffle(2 * images - 1, 2)
-    batch, channels, height, width = latents.shape
-    latents = latents.view(batch, channels, height // 2, 2, width // 2, 2)
-    return latents.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+@torch.no_grad()
+def encoded(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images ``(B, 3, H, W)`` in [0, 1] to packed latents ``(B, tokens, channels)``, scaled as the base takes them."""
+    latents = autoencoder.encode(2 * images - 1).latent_dist.mean
+    latents = (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
+    return FluxPipeline._pack_latents(latents, *latents.shape)

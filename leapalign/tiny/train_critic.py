@@ -44,7 +44,7 @@ def train_critic(pool: JudgedPool, folder: Path, seed: int, log: Callable[[str],
         spread = NOISE * torch.rand(BATCH, 1, 1, 1, generator=generator)
         images = (images + spread * torch.randn(images.shape, generator=generator)).clamp(0, 1)
         logits = critic.compare(critic.encode_images(images)[:, None], critic.encode_text(texts)[None])
-        loss = preference_loss(logits, (batch.edits() == 0).float(), batch.own)
+        loss = preference_loss(logits, batch.satisfied().float(), batch.own)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
@@ -53,7 +53,7 @@ def train_critic(pool: JudgedPool, folder: Path, seed: int, log: Callable[[str],
         if step % 500 == 0:
             with torch.no_grad():
                 scores = critic(tested.images(), [texts[own] for own in tested.own])
-            log(f"step {step} loss {loss.item():.3f} AUC on unseen images {auc(scores, tested.own_edits() == 0):.4f}")
+            log(f"step {step} loss {loss.item():.3f} AUC on unseen images {auc(scores, tested.own_satisfied()):.4f}")
     critic.save(folder)
 
 

@@ -1,8 +1,8 @@
 """A world small enough for a laptop CPU: coloured shapes on a 2x2 grid, and captions about them.
 
 Captions come in the six families of GenEval (single object, two objects, counting, colors, position, color
-attribution). A scene is at most one object per cell of the grid; it is rendered to a 32x32 RGB image whose
-objects are 12 pixels wide and centred on the 4-pixel patch grid.
+attribution). A scene is at most one object per cell of the grid; it is rendered to a 64x64 RGB image whose
+objects are 24 pixels wide, each in the middle of its cell.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-IMAGE_SIZE = 32
-CELL_SIZE = 16
-OBJECT_SIZE = 12
+IMAGE_SIZE = 64
+CELL_SIZE = 32
+OBJECT_SIZE = 24
 CELLS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (row, column)
 BACKGROUND = (0.94, 0.94, 0.92)
 COLORS = {
@@ -109,6 +109,12 @@ def training_prompts() -> list[Prompt]:
     return balanced_prompts(training, len(FAMILIES) * largest)
 
 
+def watched_prompts() -> list[Prompt]:
+    """Up to four held-out prompts of each family, for the watch."""
+    _, held_out = split_prompts()
+    return [prompt for family in FAMILIES for prompt in [p for p in held_out if p.family == family][:4]]
+
+
 @functools.cache
 def prompts_by_text() -> dict[str, Prompt]:
     return {prompt.text: prompt for prompt in all_prompts()}
@@ -178,12 +184,12 @@ def shape_mask(shape: str) -> np.ndarray:
     fine = 8
     grid = (np.arange(CELL_SIZE * fine) + 0.5) / fine - CELL_SIZE / 2
     y, x = np.meshgrid(grid, grid, indexing="ij")
-    half = OBJECT_SIZE / 2
+    half, inset, bar = OBJECT_SIZE / 2, OBJECT_SIZE / 12, OBJECT_SIZE / 6
     inside = {
         "circle": x**2 + y**2 <= half**2,
-        "square": (abs(x) <= half - 1) & (abs(y) <= half - 1),
+        "square": (abs(x) <= half - inset) & (abs(y) <= half - inset),
         "triangle": (abs(y) <= half) & (abs(x) <= (y + half) / 2),
-        "cross": ((abs(x) <= 2) & (abs(y) <= half)) | ((abs(y) <= 2) & (abs(x) <= half)),
+        "cross": ((abs(x) <= bar) & (abs(y) <= half)) | ((abs(y) <= bar) & (abs(x) <= half)),
     }[shape]
     coverage = inside.reshape(CELL_SIZE, fine, CELL_SIZE, fine).mean(axis=(1, 3))
     return coverage.astype(np.float32)

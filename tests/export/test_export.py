@@ -87,12 +87,12 @@ def loaded_by_card(output: Path, base: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(("weights", "folder"), [("average", "transformer_ema"), ("last", "transformer")])
 def test_diffusers_loads_the_whole_model(run: Path, tmp_path: Path, weights: str, folder: str) -> None:
     output = exported(run, tmp_path / "new" / "export", "--weights", weights)
-    pipeline = FluxPipeline.from_pretrained(output, vae=None)
+    pipeline = FluxPipeline.from_pretrained(output)
     expected = read_weights(checkpoint(run) / folder)
     loaded = pipeline.transformer.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
-    assert not torch.equal(pictures(pipeline), pictures(FluxPipeline.from_pretrained(run.parent / "base", vae=None)))
+    assert not torch.equal(pictures(pipeline), pictures(FluxPipeline.from_pretrained(run.parent / "base")))
     assert not (output / "single_file.safetensors").exists()
 
 
@@ -113,7 +113,7 @@ def test_the_original_layout_is_one_file(
 
 def test_diffusers_loads_the_adapter(adapter_run: Path, tmp_path: Path) -> None:
     output = exported(adapter_run, tmp_path / "export")
-    pipeline = FluxPipeline.from_pretrained(adapter_run.parent / "base", vae=None)
+    pipeline = FluxPipeline.from_pretrained(adapter_run.parent / "base")
     before = pictures(pipeline)
     pipeline.load_lora_weights(output)
     assert not torch.equal(pictures(pipeline), before)
@@ -159,7 +159,7 @@ def test_the_card_names_the_weights_and_its_code_loads_them(
     run = request.getfixturevalue(kind)
     output = exported(run, tmp_path / "export", "--weights", weights)
     assert f"| weights | {weights}: " in (output / "README.md").read_text()
-    base = FluxPipeline.from_pretrained(run.parent / "base", vae=None)
+    base = FluxPipeline.from_pretrained(run.parent / "base")
     assert not torch.equal(pictures(loaded_by_card(output, run.parent / "base", monkeypatch)), pictures(base))
 
 

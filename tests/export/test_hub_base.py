@@ -59,7 +59,7 @@ def test_the_whole_model_comes_from_the_cache(run: Path, tmp_path: Path, snapsho
     output = tmp_path / "new" / "export"
     shutil.rmtree(tmp_path / "cache")
     expected = read_weights(run_weights(run, "average"))
-    loaded = FluxPipeline.from_pretrained(output, vae=None)
+    loaded = FluxPipeline.from_pretrained(output)
     assert all(torch.equal(value, expected[name]) for name, value in loaded.transformer.state_dict().items())
     assert loaded.text_encoder_2 is not None
     assert (output / "LICENSE.md").read_text() == "Do as you like."
@@ -123,7 +123,7 @@ def test_what_is_missing_is_downloaded_of_the_same_commit(
     monkeypatch.setattr(base, "snapshot_download", download)
     assert main(export(run, tmp_path)) == 0
     assert asked == [{"name": NAME, "other forms": [], "revision": COMMIT}]
-    FluxPipeline.from_pretrained(tmp_path / "new" / "export", vae=None)
+    FluxPipeline.from_pretrained(tmp_path / "new" / "export")
 
 
 def test_nothing_is_known_of_a_base_that_was_never_loaded(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from tiny_folders import small_vae
 from torch import Tensor, nn
 from worlds import flux_embeddings, small_flux
 
@@ -25,7 +26,7 @@ def gradients(**config: Any) -> tuple[Tensor, int]:
     """Gradients of a FLUX of three double and three single blocks, and the peak of activations."""
     torch.manual_seed(0)
     transformer = small_flux(num_layers=3, num_single_layers=3, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
-    model = FluxModel(transformer, build_scheduler(), 32, 32)
+    model = FluxModel(transformer, build_scheduler(), 128, 128, small_vae())
     prepare_model(model.transformer, model.decoder, MemoryConfig(**config))
     latents, embeddings = torch.randn(BATCH, 64, 16), flux_embeddings(BATCH)
     with StorageLedger() as ledger:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from tiny_folders import save_flux, small_vae
 from worlds import flux_embeddings, small_flux
 
 from leapalign.config import ModelConfig
@@ -16,11 +17,7 @@ from leapalign.models.flux import FluxModel
 from leapalign.models.velocity import PromptedVelocity
 from leapalign.rollout import sample_rollout
 from leapalign.tiny.model import (
-    build_pooled_encoder,
     build_scheduler,
-    build_token_encoder,
-    build_transformer,
-    save_model,
 )
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -30,7 +27,7 @@ PROMPTS = ["a red circle", "two blue squares"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny FLUX in the layout that the pipeline reads."""
     path = tmp_path_factory.mktemp("flux")
-    save_model(path, build_transformer(), build_pooled_encoder(), build_token_encoder())
+    save_flux(path)
     return path
 
 
@@ -40,13 +37,12 @@ def test_rollout_is_the_pipelines(folder: Path) -> None:
     embeddings = encode_prompts(ModelConfig(path=str(folder)), PROMPTS)
     noise = model.draw_noise([3, 4])
     rollout = sample_rollout(PromptedVelocity(model, embeddings), noise, model.sigmas(6))
-    pipeline = FluxPipeline.from_pretrained(folder, vae=None)
+    pipeline = FluxPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    # Without a VAE the pipeline assumes one of factor 8, so 128 pixels are the same 8x8 tokens.
     expected = pipeline(
         prompt=PROMPTS,
-        height=128,
-        width=128,
+        height=64,
+        width=64,
         num_inference_steps=6,
         latents=noise,
         max_sequence_length=8,
@@ -56,7 +52,9 @@ def test_rollout_is_the_pipelines(folder: Path) -> None:
 
 
 def test_more_tokens_shift_the_sigmas_up() -> None:
-    small, large = (FluxModel(small_flux(), build_scheduler(), side, side).sigmas(8) for side in (128, 512))
+    small, large = (
+        FluxModel(small_flux(), build_scheduler(), side, side, small_vae()).sigmas(8) for side in (128, 512)
+    )
     assert small[0] == large[0] == 1
     assert small[-1] == large[-1] == 0
     assert bool((large[1:-1] > small[1:-1]).all())
@@ -90,14 +88,14 @@ def test_guidance_goes_in_where_the_model_takes_it() -> None:
     latents, sigma = torch.randn(2, 16, 16), torch.tensor([0.5, 0.9])
     embeddings = flux_embeddings(2)
     weak, strong = (
-        FluxModel(network, build_scheduler(), 16, 16, guidance=g).velocity(latents, sigma, embeddings)
+        FluxModel(network, build_scheduler(), 64, 64, small_vae(), guidance=g).velocity(latents, sigma, embeddings)
         for g in (1.0, 4.0)
     )
     assert not torch.allclose(weak, strong)
 
 
 def test_sigma_is_per_sample() -> None:
-    model = FluxModel(small_flux(), build_scheduler(), 16, 16)
+    model = FluxModel(small_flux(), build_scheduler(), 64, 64, small_vae())
     latents, sigma, embeddings = torch.randn(2, 16, 16), torch.tensor([0.2, 0.9]), flux_embeddings(2)
     together = model.velocity(latents, sigma, embeddings)
     for i in range(2):
@@ -115,10 +113,12 @@ def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
 def test_scheduler_is_read_from_the_folder(folder: Path) -> None:
     config = build_scheduler().config
     FlowMatchEulerDiscreteScheduler.from_config(config, max_shift=3.0, base_shift=2.0).save_pretrained(folder / "other")
-    other = FluxModel(small_flux(), FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "other"), 32, 32)
+    other = FluxModel(
+        small_flux(), FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "other"), 64, 64, small_vae()
+    )
     assert bool((other.sigmas(8)[1:-1] > load_model(ModelConfig(path=str(folder))).sigmas(8)[1:-1]).all())
 
 
 def test_sizes_that_do_not_divide_into_tokens_are_refused() -> None:
-    with pytest.raises(UserError, match="multiples of 4"):
-        FluxModel(small_flux(), build_scheduler(), 32, 30)
+    with pytest.raises(UserError, match="multiples of 16"):
+        FluxModel(small_flux(), build_scheduler(), 64, 56, small_vae())

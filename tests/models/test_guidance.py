@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_folders import small_vae
 from torch import Tensor
 from worlds import flux_embeddings, relative_difference, small_flux
 
@@ -22,7 +23,7 @@ SCALE, BATCH, STEPS = 3.5, 3, 5
 
 @pytest.fixture(scope="module")
 def model() -> FluxModel:
-    return FluxModel(small_flux().double(), build_scheduler(), 16, 16)
+    return FluxModel(small_flux().double(), build_scheduler(), 64, 64, small_vae())
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 from PIL import Image
 
 from leapalign.evaluation.statistics import mean_interval, share_interval
-from leapalign.reports.pages import table, text_table, write_page
-from leapalign.reports.pictures import before_after_grid, image_grid, learning_curve, to_picture
+from leapalign.reports.pages import inline_image, table, text_table, themed_image, write_page
+from leapalign.reports.pictures import Curve, before_after_grid, chart, image_grid, smoothed, to_picture
 
 
 def test_prompts_cannot_inject_markup(tmp_path: Path) -> None:
@@ -43,10 +45,38 @@ def test_small_images_keep_their_pixels() -> None:
     assert [picture.getpixel((x, 0)) for x in (0, 3, 4, 7)] == [(0, 0, 0)] * 2 + [(255, 255, 255)] * 2
 
 
-def test_learning_curve_is_drawn(tmp_path: Path) -> None:
-    records = [{"iteration": i, "reward": i / 3, "loss": 1.0, "grad_norm": 2.0} for i in range(3)]
-    learning_curve(records, tmp_path / "curve.png")
-    assert Image.open(tmp_path / "curve.png").width > 300
+def test_smoothing_takes_centred_means_that_shrink_at_the_ends() -> None:
+    assert smoothed([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
+    assert smoothed([1.0, 5.0], 1) == [1.0, 5.0]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_chart_is_drawn_on_a_transparent_ground(tmp_path: Path, dark: bool) -> None:
+    curves = [Curve("reward", range(20), [i / 3 for i in range(20)]), Curve("held out", [0, 19], [0.0, 6.0], raw=False)]
+    chart(curves, tmp_path / "curve.png", dark=dark)
+    picture = Image.open(tmp_path / "curve.png")
+    assert picture.width > 300
+    assert picture.getpixel((2, 2))[3] == 0
+    light = max(pixel[:3] for _, pixel in picture.getcolors(2**20) if pixel[3] == 255)
+    assert (min(light) > 200) == dark, "the writing is white on dark pages, black on light ones"
+
+
+def test_pictures_of_a_page_follow_the_readers_screen_or_lie_in_it() -> None:
+    shown = themed_image("a.png", "b.png", "what")
+    assert 'media="(prefers-color-scheme: dark)" srcset="b.png"' in shown
+    assert 'src="a.png" alt="what"' in shown
+    inline = inline_image(to_picture(torch.zeros(3, 4, 4), 4), '"', "pixels")
+    data = base64.b64decode(inline.split("base64,")[1].split('"')[0])
+    assert Image.open(io.BytesIO(data)).size == (4, 4)
+    assert 'alt="&quot;"' in inline
+
+
+def test_a_page_suits_phones_and_dark_screens(tmp_path: Path) -> None:
+    write_page(tmp_path / "index.html", "title", [("heading", table(("a",), [["b"]]))])
+    text = (tmp_path / "index.html").read_text()
+    assert 'name="viewport" content="width=device-width' in text
+    assert "color-scheme: light dark" in text
+    assert '<div class="scroll"><table>' in text
 
 
 def test_intervals_by_hand() -> None:

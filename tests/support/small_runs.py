@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_folders import save_flux
 from torch import Tensor
 
 from leapalign.config import Config, override
 from leapalign.inputs.validation import validated
 from leapalign.runs.checkpoint import latest_checkpoint
 from leapalign.runs.run import Run
-from leapalign.tiny.model import build_pooled_encoder, build_token_encoder, build_transformer, save_model
 from leapalign.tiny.train_reward import build_scorer, save_scorer
 from leapalign.trainer import Trainer
 
@@ -22,8 +22,7 @@ SHORT = ("optimizer.name=adamw_8bit", "train.iterations=3", "checkpoint.every=1"
 
 def make_parts(folder: Path) -> None:
     """Writes a random tiny FLUX, a random CLIP reward and a prompt file."""
-    torch.manual_seed(0)
-    save_model(folder / "model", build_transformer(), build_pooled_encoder(), build_token_encoder())
+    save_flux(folder / "model")
     save_scorer(build_scorer(), folder / "reward")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
 

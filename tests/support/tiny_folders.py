@@ -29,10 +29,24 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from leapalign.tiny.model import (
+    build_autoencoder,
+    build_pooled_encoder,
+    build_token_encoder,
+    build_transformer,
+    save_model,
+)
+
 TOKENS = 12
 """Longest prompt of the tokenizers."""
 PROMPTS = ["a red circle", "two blue squares and a green cross"]
 WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()})
+
+
+def save_flux(folder: Path) -> None:
+    """FLUX.1 of the tiny world's sizes."""
+    torch.manual_seed(0)
+    save_model(folder, build_transformer(), build_pooled_encoder(), build_token_encoder(), build_autoencoder())
 
 
 def save_stable_diffusion_3(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from tiny_folders import small_vae
 from torch import Tensor, nn
 
 from leapalign.models.embeddings import PromptEmbeddings
@@ -105,7 +106,7 @@ def flux_embeddings(batch: int, dtype: torch.dtype = torch.float32) -> PromptEmb
 
 def flux_world(batch: int, steps: int, dtype: torch.dtype) -> World:
     """A `small_flux` world; the velocity is conditioned on prompts."""
-    model = FluxModel(small_flux().to(dtype), build_scheduler(), 16, 16)
+    model = FluxModel(small_flux().to(dtype), build_scheduler(), 64, 64, small_vae())
     velocity = PromptedVelocity(model, flux_embeddings(batch, dtype))
     sigmas = model.sigmas(steps).to(dtype)
     rollout = sample_rollout(velocity, torch.randn(batch, 16, 16, dtype=dtype), sigmas)

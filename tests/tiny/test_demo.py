@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from screens import stderr_on_a_terminal
 from signals import signalled_in
 
@@ -15,8 +16,11 @@ from leapalign.runs.checkpoint import latest_checkpoint, step_folder
 from leapalign.storage.embedded import FOLDER
 from leapalign.storage.folder_lock import run_lock
 from leapalign.tiny import demo
-from leapalign.tiny.demo_report import sample_grids
 from leapalign.tiny.world import FAMILIES
+
+CURVES = {
+    f"curve_{name}{ground}.png" for name in ("reward", "held_out", "grad_norm", "distances") for ground in ("", "_dark")
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +46,7 @@ def short_demo(shown_demo: tuple[Path, dict[str, object], set[str]]) -> tuple[Pa
 
 def test_every_long_part_has_its_bar(shown_demo: tuple[Path, dict[str, object], set[str]]) -> None:
     arms = {f"evaluate, {arm}" for arm in ("before", "after", "control")}
-    assert arms | {"train the control", "samples", "train, optimizer"} <= shown_demo[2]
-
-
-def test_a_page_without_sample_grids_leaves_them_out(tmp_path: Path) -> None:
-    assert sample_grids(tmp_path, 2.0) == []
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "step-2.png").touch()
-    ((title, picture),) = sample_grids(tmp_path, 2.0)
-    assert (title, "samples/step-2.png" in picture) == ("Samples, last", True)
+    assert arms | {"train the control", "samples", "train, optimizer", "watch"} <= shown_demo[2]
 
 
 def test_json_has_the_promised_shape(short_demo: tuple[Path, dict[str, object]]) -> None:
@@ -63,6 +59,14 @@ def test_json_has_the_promised_shape(short_demo: tuple[Path, dict[str, object]])
     assert result["iterations"] == 2
     assert result["run"] == str(run)
     assert 0 <= result["accuracy"]["before"] <= 1
+    assert set(result["tidy"]) == {"before", "after"}
+    assert all(0 < value < 0.01 for value in result["tidy"].values())
+    grid = result["grid"]
+    assert set(grid) == {"right_before", "right_after", "of"}
+    assert 0 <= grid["right_before"] <= grid["of"] == 24
+    for arm in result["detail"].values():
+        assert arm["diversity"] > 0
+        assert set(arm["tidy"]) == {"mean", "low", "high"}
     assert result["reward"]["before"] != result["reward"]["after"]
 
 
@@ -78,14 +82,18 @@ def test_run_folder_shows_everything(short_demo: tuple[Path, dict[str, object]])
         "samples",
         "run.lock",
         "run.pid",
-        "learning_curve.png",
+        "watch.jsonl",
+        "watch_base.safetensors",
+        *CURVES,
         "before_after.png",
         "index.html",
         "result.json",
     }
     page = (run / "index.html").read_text()
-    for picture in ("before_after.png", "learning_curve.png", "samples/step-0.png", "samples/step-2.png"):
-        assert f'src="{picture}"' in page
+    assert all(picture in page for picture in CURVES)
+    assert page.count('src="data:image/png;base64,') == 2 * 24
+    assert Image.open(run / "before_after.png").width > 600
+    for picture in ("samples/step-0.png", "samples/step-2.png"):
         assert (run / picture).exists()
     assert json.loads((run / "result.json").read_text()) == result
 
@@ -102,6 +110,23 @@ def test_a_demo_stops_in_good_order(
     assert not (run / "index.html").exists()
     with run_lock(run):  # it is free again
         pass
+
+
+def test_a_demo_that_the_watch_stops_is_told_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a reward that empty pictures please, the held-out one falls."""
+    monkeypatch.setattr(demo, "EVALUATION_IMAGES", 24)
+    (tmp_path / "pale.py").write_text("def pale(images, prompts): return images.mean((1, 2, 3))")
+    reward = f"reward={{name: custom, function: '{tmp_path}/pale.py:pale'}}"
+    asked = ["train.iterations=30", "train.batch_size=8", "watch.every=5", "checkpoint.every=5"]
+    assert main(["demo", "--json", reward, f"output={tmp_path / 'run'}", "optimizer.learning_rate=1e-3", *asked]) == 0
+    shown = capsys.readouterr()
+    assert "as watch.stop_when" in shown.err
+    result = json.loads(shown.out.splitlines()[-1])
+    assert result["iterations"] < 30
+    assert result["held_out_reward"]["after"] < result["held_out_reward"]["before"]
+    assert (tmp_path / "run" / "index.html").exists()
 
 
 def test_a_demo_is_the_only_one_in_its_folder(

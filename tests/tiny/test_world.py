@@ -9,7 +9,7 @@ import pytest
 
 from leapalign.prompts.files import read_prompts
 from leapalign.storage.embedded import FOLDER
-from leapalign.tiny.judge import detect, judge
+from leapalign.tiny.judge import detect, judge, untidiness
 from leapalign.tiny.world import (
     BACKGROUND,
     CELL_SIZE,
@@ -29,7 +29,7 @@ from leapalign.tiny.world import (
     split_prompts,
 )
 
-LEFT_TOP, RIGHT_TOP, LEFT_BOTTOM, RIGHT_BOTTOM = ((x, y) for y in (8.0, 24.0) for x in (8.0, 24.0))
+LEFT_TOP, RIGHT_TOP, LEFT_BOTTOM, RIGHT_BOTTOM = ((x, y) for y in (16.0, 48.0) for x in (16.0, 48.0))
 
 
 def scene(*items: tuple[str, tuple[float, float]]) -> np.ndarray:
@@ -67,8 +67,8 @@ def test_every_object_is_recognised_through_noise(shape: str, color: str) -> Non
         assert found.unrecognised == 0
         (item,) = found.objects
         assert (item.shape, item.color) == (shape, color)
-        assert abs(item.x - 24) <= 1
-        assert abs(item.y - 24) <= 1
+        assert abs(item.x - 48) <= 2
+        assert abs(item.y - 48) <= 2
 
 
 @pytest.mark.parametrize(
@@ -101,26 +101,46 @@ def test_verdicts(prompt: str, items: list[tuple[str, tuple[float, float]]], exp
 
 def test_merged_blobs_are_wrong() -> None:
     image = scene(("red circle", LEFT_TOP), ("red circle", RIGHT_TOP))
-    image[:, 7:9, 8:24] = np.asarray(COLORS["red"])[:, None, None]
+    image[:, 14:18, 16:48] = np.asarray(COLORS["red"])[:, None, None]
     assert detect(image).unrecognised == 1
     assert verdict_of("two circles", image) == (False, False)
 
 
 def test_texture_and_foreign_shapes_are_not_objects() -> None:
     striped = scene(("red square", LEFT_TOP))
-    striped[:, 2:14:2, :16] = np.asarray(COLORS["blue"])[:, None, None]
+    for row in range(4, 28, 4):
+        striped[:, row : row + 2, :32] = np.asarray(COLORS["blue"])[:, None, None]
     assert not judge(striped, prompts_by_text()["a red square"]).clean
     bar = np.broadcast_to(np.asarray(BACKGROUND)[:, None, None], (3, IMAGE_SIZE, IMAGE_SIZE)).copy()
-    bar[:, 4:6, 2:14] = np.asarray(COLORS["red"])[:, None, None]
+    bar[:, 8:12, 4:28] = np.asarray(COLORS["red"])[:, None, None]
     assert detect(bar).unrecognised == 1
 
 
 def test_dust_is_ignored_and_an_empty_image_holds_nothing() -> None:
     image = scene(("red circle", LEFT_TOP))
-    image[:, 30, 30] = 0
+    image[:, 60:62, 60:62] = 0
     assert verdict_of("a red circle", image) == (True, True)
     assert detect(render([])).objects == ()
     assert verdict_of("a circle", render([])) == (False, False)
+
+
+@pytest.mark.parametrize("prompt", balanced_prompts(all_prompts(), 24), ids=lambda prompt: prompt.text)
+def test_a_rendered_scene_is_tidy_wherever_the_judge_sees_its_objects(prompt: Prompt) -> None:
+    image = render(draw_scene(prompt, random.Random(prompt.text)))
+    assert untidiness(image, detect(image)) == 0
+
+
+def test_untidiness_is_the_mean_difference_to_a_drawing_of_what_is_found() -> None:
+    image = scene(("red circle", LEFT_TOP))
+    stained = image.copy()
+    stained[:, 40:44, :] += 0.05  # too faint to be an object: 4 of 64 rows
+    assert untidiness(stained, detect(stained)) == pytest.approx(0.05 * 4 / 64, rel=1e-3)
+    moved = np.roll(image, 2, axis=2)
+    found = detect(moved)
+    assert (found.unrecognised, len(found.objects)) == (0, 1)
+    assert untidiness(moved, found) == pytest.approx(float(np.abs(moved - image).mean())), (
+        "and it is not where it belongs"
+    )
 
 
 def test_scenes_open_to_color_and_place_vary() -> None:

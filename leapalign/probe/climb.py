@@ -1,0 +1,166 @@
+"""Where does a reward's gradient lead? Generated latents climb it through the decoder, without the model.
+
+What a training run follows is this gradient. Climbed on latents alone it costs a hundredth of a run, and shows the
+same: pictures that suit their prompts better, by rewards that are not climbed too, or texture that only this one likes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leapalign.config import Config
+from leapalign.evaluation.generate import sample, sampling_model, sampling_progress
+from leapalign.evaluation.statistics import Interval, mean_interval
+from leapalign.inputs.prompt_limits import warn_of_cut
+from leapalign.memory.placement import place_for_climbing, training_device
+from leapalign.method_gradient import Objective
+from leapalign.models.protocol import FlowModel
+from leapalign.models.velocity import require_fit
+from leapalign.prompts.embeddings import embeddings_to_sample
+from leapalign.reports.progress import progress
+from leapalign.reward_gradient import RewardFn
+from leapalign.rewards import reward_terms
+from leapalign.rollout import per_sample
+from leapalign.watch import image_statistics as statistics
+from leapalign.watch.metrics import OF_IMAGES
+
+STEP = 0.025
+"""Length of a step, in lengths of the generated latents."""
+LOOKS = 4
+"""How often a climb is looked at, beside its start."""
+CLIMBED, HELD_OUT, MOVED, LENGTH = "reward", "held_out", "drift", "norm"
+
+
+@dataclass(frozen=True)
+class Climb:
+    """What ``steps`` steps made of N images: ``images (N, 3, H, W)`` on the CPU, in [0, 1], and ``values``, one
+    ``(N,)`` a name: ``reward_NAME`` of each climbed reward, ``held_out_NAME`` of others, `OF_IMAGES`, ``drift`` of
+    the latents and their ``norm``, both in lengths of the generated ones."""
+
+    steps: int
+    images: Tensor
+    values: Mapping[str, Tensor]
+
+
+def ascent(objective: Objective, latents: Tensor, prompts: Sequence[str], length: Tensor) -> Tensor:
+    """``x + STEP |x_0| g / |g|`` of each of ``latents (B, ...)``, ``g = sum_r w_r dr/dx``: uphill in the weighted
+    sum of ``objective``'s rewards. length: ``(B,)``, of the generated latents ``x_0``."""
+    scored = objective.score(latents, prompts)
+    gradient = sum(term.weight * one.gradient for term, one in zip(objective.terms, scored, strict=True))
+    assert isinstance(gradient, Tensor)
+    size = gradient.flatten(1).float().norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    return latents + per_sample(STEP * length / size, latents).to(latents) * gradient
+
+
+def climb(
+    objective: Objective,
+    held_out: Mapping[str, RewardFn],
+    latents: Tensor,
+    prompts: Sequence[str],
+    looks: Sequence[int],
+    batch_size: int,
+    done: Callable[[], object] = lambda: None,
+) -> Iterator[Climb]:
+    """Climbs from generated ``latents (N, ...)``, latent n made for ``prompts[n]``, and looks after each number of
+    steps in ``looks``, ascending from 0. ``done`` is called after each step of a batch."""
+    lengths = latents.flatten(1).float().norm(dim=1)
+    current = latents.clone()
+    parts = [slice(start, start + batch_size) for start in range(0, len(latents), batch_size)]
+    taken = 0
+    for look in looks:
+        for _ in range(look - taken):
+            for part in parts:
+                current[part] = ascent(objective, current[part], prompts[part], lengths[part])
+                done()
+        taken = look
+        yield _look(objective, held_out, current, latents, prompts, parts, taken)
+
+
+@torch.no_grad()
+def _look(
+    objective: Objective,
+    held_out: Mapping[str, RewardFn],
+    current: Tensor,
+    start: Tensor,
+    prompts: Sequence[str],
+    parts: Sequence[slice],
+    steps: int,
+) -> Climb:
+    rewards = {f"{CLIMBED}_{term.name}": term.reward for term in objective.terms}
+    rewards |= {f"{HELD_OUT}_{name}": reward for name, reward in held_out.items()}
+    images, columns = list[Tensor](), list[dict[str, Tensor]]()
+    for part in parts:
+        shown = objective.decode(current[part]).clamp(0, 1)
+        found = {name: reward(shown, prompts[part]) for name, reward in rewards.items()}
+        found |= {name: statistic(shown) for name, statistic in OF_IMAGES.items()}
+        found[MOVED] = statistics.drift(current[part], start[part])
+        found[LENGTH] = current[part].flatten(1).float().norm(dim=1) / start[part].flatten(1).float().norm(dim=1)
+        columns.append({name: value.float().cpu() for name, value in found.items()})
+        images.append(shown.float().cpu())
+    return Climb(
+        steps, torch.cat(images), {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+    )
+
+
+def probe(config: Config, prompts: Sequence[str], steps: int, seed: int) -> list[Climb]:
+    """Generates an image for each of ``prompts``, image i from ``seed + i``, and climbs ``steps`` steps.
+
+    Climbed is the weighted sum of ``config``'s rewards; ``watch.rewards`` look on. Raises UserError for what cannot be
+    read, before any long work.
+    """
+    terms = reward_terms(config)
+    others = dataclasses.replace(config, reward=list(config.watch.rewards)) if config.watch.rewards else None
+    held_out = {term.name: term.reward for term in reward_terms(others)} if others else {}
+    warn_of_cut([(f"reward {term.name}", term.reward) for term in terms], lambda: prompts)
+    model = sampling_model(config, None)
+    latents = _generated(config, model, prompts, seed)
+    device = training_device()
+    place_for_climbing(model, [*(term.reward for term in terms), *held_out.values()], config.memory, device)
+    objective = Objective(model.decode, terms, config.train.reward_chunk, config.equal_reward_gradients)
+    size = config.rollout.batch_size
+    looks = sorted({round(steps * share / LOOKS) for share in range(LOOKS + 1)})
+    with progress("probe, climb", steps * math.ceil(len(prompts) / size), "step") as bar:
+        return list(climb(objective, held_out, latents, prompts, looks, size, bar.update))
+
+
+def _generated(config: Config, model: FlowModel, prompts: Sequence[str], seed: int) -> Tensor:
+    """Latents ``(N, ...)`` of the base, image i from ``seed + i``."""
+    embeddings = embeddings_to_sample(config, list(prompts))
+    require_fit(model, embeddings)
+    sigmas, size, made = model.sigmas(config.rollout.num_steps), config.rollout.batch_size, []
+    with sampling_progress("probe, images", len(prompts), size, config.rollout.num_steps) as step:
+        for start in range(0, len(prompts), size):
+            part = slice(start, min(start + size, len(prompts)))
+            seeds = range(seed + part.start, seed + part.stop)
+            made.append(sample(model, embeddings[part], seeds, sigmas, step)[0])
+    return torch.cat(made)
+
+
+def changes(climbs: Sequence[Climb]) -> dict[str, list[Interval]]:
+    """By name, at each look the mean change since the first, image by image, with its 95 % interval."""
+    first = climbs[0].values
+    return {name: [mean_interval((one.values[name] - first[name]).tolist()) for one in climbs] for name in first}
+
+
+def verdict(climbs: Sequence[Climb]) -> str:
+    """One sentence: whether rewards that are not climbed rose as well."""
+    found = {name: of[-1] for name, of in changes(climbs).items()}
+    climbed = [change for name, change in found.items() if name.startswith(CLIMBED)]
+    others = {name.removeprefix(f"{HELD_OUT}_"): of for name, of in found.items() if name.startswith(HELD_OUT)}
+    if not any(change.low > 0 for change in climbed):
+        return "The reward does not rise along its own gradient: there is nothing to train on."
+    if not others:
+        return "No other reward was asked: name some in watch.rewards, or judge by the pictures."
+    fell = [name for name, change in others.items() if change.high < 0]
+    if fell:
+        return f"The gradient leads away from good pictures: {', '.join(fell)} fell while the climbed reward rose."
+    unclear = [name for name, change in others.items() if change.low <= 0]
+    if unclear:
+        return f"Unclear: {', '.join(unclear)} did not change beyond chance; probe more images, and look at them."
+    return f"The gradient leads to better pictures: {', '.join(others)} rose as well."
