@@ -30,6 +30,7 @@ from leapalign.probe.climb import Climb, probe
 from leapalign.reports.pages import text_table
 from leapalign.rewards.preprocessing import cover
 from leapalign.streams import EVALUATION_STREAM, seed_of
+from leapalign.tiny.demo import WITNESS
 from leapalign.tiny.evaluate import NUM_STEPS, evaluate
 from leapalign.tiny.judge import detect, untidiness, verdict
 from leapalign.tiny.lessons import draw_lesson
@@ -89,14 +90,13 @@ def run_arm(arm: Arm, steps: int, folder: Path) -> dict[str, Any]:
         reward,
         f"output={folder}/run",
         f"train.iterations={ITERATIONS}",
-        "watch.every=0",
         "checkpoint.every=20",
     ]
     config = load_config(profiles()["tiny"], overrides)
     model = load_model(config.model)
     assert isinstance(model, FluxModel)
     train_reward(model, folder, SEED, print, arm.draw, arm.slope_weight, arm.climbed, steps)
-    watched = load_config(profiles()["tiny"], [reward])
+    watched = load_config(profiles()["tiny"], [reward, WITNESS])
     texts = [prompt.text for prompt in balanced_prompts(split_prompts()[1], IMAGES)]
     climbs = probe(watched, texts, CLIMB_STEPS, SEED)
     (before, _), (after, untidy) = (right(climb, texts) for climb in (climbs[0], climbs[-1]))

@@ -25,11 +25,11 @@ def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.config.profiles import profiles
     from leapalign.reports.pages import text_table
     from leapalign.runs.opening import opened_run, unused_folder
-    from leapalign.tiny.demo import run_demo, summary
+    from leapalign.tiny.demo import WATCHED, run_demo, summary
     from leapalign.tiny.demo_report import HEADER, figures, write_report
 
     started = time.perf_counter()
-    config = load_config(profiles()["tiny"], overrides)
+    config = load_config(profiles()["tiny"], [*WATCHED, *overrides])
     config = dataclasses.replace(config, output=str(unused_folder(Path(config.output))))
     with opened_run(config, resume=False) as run:
         comparison = run_demo(run, lambda: _train(run))

@@ -22,9 +22,10 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font
 table { border-collapse: collapse; } th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } img { max-width: 100%; }
-.pair { display: flex; gap: .4rem; } figure { flex: 1; margin: 0; } figure img { width: 100%; display: block; }
+.pair { display: flex; gap: .7rem; } figure { flex: 1; margin: 0; } figure img { width: 100%; display: block; }
 figcaption, .note { color: var(--faint); font-size: .9rem; }
-.tiles { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+.tiles { display: grid; gap: .8rem; grid-template-columns: repeat(4, 1fr); }
+@media (max-width: 40rem) { .tiles { grid-template-columns: repeat(2, 1fr); } }
 .wide { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
 .card { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; } .card b { font-size: 1.3rem; }
 .bar { display: flex; align-items: center; gap: .5rem; } .bar span { width: 4rem; color: var(--faint); }

@@ -2,15 +2,15 @@
 
 The autoencoder and the text encoders come first; then the base model, and beside it the reward that runs optimise;
 last the critic, which learns from pictures of the base. The log of the run that made the shipped weights lies beside
-them, in ``training.log``.
+them, in ``training.log``. What is finished waits in ``WORK``: a run that was stopped goes on with the next part.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import shutil
-import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ from leapalign.tiny.world import IMAGE_SIZE, training_prompts, watched_prompts
 # Images generated at each stage of the base's training; most by the last, which is where runs start from.
 IMAGES_PER_STAGE = (1000, 1500, 2000, 4000)
 SEED = 0
+WORK = Path("runs/make_tiny")
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,17 @@ class Log:
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained, in the new ``folder``, until all of it is there."""
+    """What is trained, in ``folder``, until all of it is there."""
 
     folder: Path
     log: Log
+
+    def once(self, part: str, train: Callable[[], None]) -> None:
+        """Trains ``part``, unless that has been finished."""
+        finished = self.folder / f"{part}.finished"
+        if not finished.exists():
+            train()
+            finished.touch()
 
     def autoencoder(self) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(self.folder / "base" / "vae").requires_grad_(False)
@@ -81,21 +89,21 @@ class Parts:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        parts = Parts(Path(scratch), Log(Path(scratch) / "training.log"))
-        parts.train_autoencoder()
-        # Small tensors gain nothing from a second thread: a core for each.
-        spawning = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(2, spawning, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for job in [pool.submit(parts.train_base), pool.submit(parts.train_reward)]:
-                job.result()
-        parts.train_critic()
-        for name, prompts in (("training_prompts", training_prompts()), ("watch_prompts", watched_prompts())):
-            (parts.folder / f"{name}.txt").write_text("".join(f"{prompt.text}\n" for prompt in prompts))
-        parts.log("all", "done")
-        shutil.rmtree(parts.folder / "stages")
-        shutil.rmtree(FOLDER)
-        shutil.copytree(parts.folder, FOLDER)
+    WORK.mkdir(parents=True, exist_ok=True)
+    parts = Parts(WORK, Log(WORK / "training.log"))
+    parts.once("autoencoder", parts.train_autoencoder)
+    # Small tensors gain nothing from a second thread: a core for each.
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, spawning, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        work = {"base": parts.train_base, "reward": parts.train_reward}
+        for job in [pool.submit(parts.once, part, train) for part, train in work.items()]:
+            job.result()
+    parts.once("critic", parts.train_critic)
+    for name, prompts in (("training_prompts", training_prompts()), ("watch_prompts", watched_prompts())):
+        (WORK / f"{name}.txt").write_text("".join(f"{prompt.text}\n" for prompt in prompts))
+    shutil.rmtree(FOLDER)
+    shutil.copytree(WORK, FOLDER, ignore=shutil.ignore_patterns("stages", "*.finished"))
+    shutil.rmtree(WORK)
 
 
 if __name__ == "__main__":

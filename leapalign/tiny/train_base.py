@@ -43,7 +43,7 @@ class Phase:
 
 # First to draw what is asked for, then to forget which picture belongs to which caption: what is left to choose from is
 # good, and often the wrong one is chosen.
-PHASES = (Phase(5000, 2e-3, 0.0), Phase(2500, 1e-3, 0.0), Phase(1200, 1e-3, 0.55))
+PHASES = (Phase(5000, 2e-3, 0.0), Phase(2200, 1e-3, 0.0), Phase(1500, 1e-3, 0.5))
 # Snapshots, in steps: the critic learns from pictures of every stage, as human-preference data does.
 STAGES = (1000, 2000, 3500, 8700)
 

@@ -79,7 +79,7 @@ def test_doctor_names_a_backend_and_a_reason_for_every_kernel(capsys: pytest.Cap
         (["reward.name=pikscore"], "did you mean 'pickscore'?"),
         (["reward.path=nowhere/at/all"], "check reward.path"),
         (["model.path=nowhere/at/all"], "check model.path"),
-        (["model.height=30"], "multiples of 4"),
+        (["model.height=30"], "multiples of 16"),
         (["prompts.path=none.txt"], "check prompts.path"),
         (["prompts.path=EMPTY"], "holds no prompts"),
         ([f"prompts.path={'x' * 300}"], "check prompts.path"),

@@ -139,7 +139,7 @@ def test_the_page_shows_pairs_and_escapes_all_text(parts: Path, run: Path, tmp_p
     for number in range(3):
         base, of_run = (page / arm / f"{number:05d}.png" for arm in ("base", "run"))
         assert text.index(f"base/{base.name}") < text.index(f"run/{of_run.name}")
-        assert Image.open(base).size == (32, 32)
+        assert Image.open(base).size == (64, 64)
         assert base.read_bytes() != of_run.read_bytes()
     assert text.count("clipscore ") == 6, "under each picture"
 

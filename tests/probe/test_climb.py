@@ -22,6 +22,7 @@ from leapalign.probe.climb import STEP, Climb, ascent, changes, climb, probe, ve
 from leapalign.probe.page import write_probe
 from leapalign.reward_gradient import RewardFn, RewardTerm
 from leapalign.rewards import reward_terms
+from leapalign.tiny.demo import WITNESS
 from leapalign.tiny.train_critic import auc
 from leapalign.tiny.world import all_prompts, balanced_prompts, draw_scene, hard_negative, render
 
@@ -164,7 +165,7 @@ def test_a_probe_tells_a_reward_with_a_taught_gradient_from_a_plain_one() -> Non
     shown = [prompt if right else hard_negative(prompt, rng) for prompt, right in zip(prompts, truth, strict=True)]
     pictures = torch.from_numpy(np.stack([render(draw_scene(prompt, rng)) for prompt in shown]))
     for name, path in (("taught", "embedded:reward"), ("plain", str(PLAIN))):
-        config = load_config(Path(TINY), [f"reward={{name: pickscore, path: {path}, scale: probability}}"])
+        config = load_config(Path(TINY), [f"reward={{name: pickscore, path: {path}, scale: probability}}", WITNESS])
         climbs = probe(config, [prompt.text for prompt in prompts[:24]], 20, 0)
         said[name] = verdict(climbs)
         with torch.no_grad():
