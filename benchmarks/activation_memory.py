@@ -56,8 +56,8 @@ class Setting:
     def gradient(self) -> Tensor:
         return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
 
-    def staged(self) -> None:
-        scored = reward_gradient(self.model.decode, self.reward, self.rollout.latents[-1], self.prompts)
+    def staged(self, chunk: int | None = None) -> None:
+        scored = reward_gradient(self.model.decode, self.reward, self.rollout.latents[-1], self.prompts, chunk)
         reward = scored.rewards.requires_grad_()
         loss, _ = self.method.loss(reward, THRESHOLD, self.rollout, **self.indices)
         (factor,) = torch.autograd.grad(loss, reward)
@@ -113,6 +113,7 @@ def measure(batch_size: int) -> dict[str, float]:
     expected = setting.gradient()
     staged = peak_bytes(setting, setting.staged)
     difference = float((setting.gradient() - expected).norm() / expected.norm())
+    chunked = peak_bytes(setting, partial(setting.staged, chunk=1))
     inline_alone = peak_bytes(setting, setting.inline_without_reward)
     staged_alone = peak_bytes(setting, setting.staged_without_reward)
     step, sampler = (
@@ -125,6 +126,7 @@ def measure(batch_size: int) -> dict[str, float]:
         "inline_bytes": inline,
         "staged_bytes": staged,
         "ratio": staged / inline,
+        "ratio_decoding_one_at_a_time": chunked / inline,
         "inline_bytes_without_reward": inline_alone,
         "staged_bytes_without_reward": staged_alone,
         "ratio_without_reward": staged_alone / inline_alone,

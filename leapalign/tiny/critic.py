@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from leapalign.rewards.preprocessing import cover
 from leapalign.storage.embedded import FOLDER
 from leapalign.storage.modes import save_file
 from leapalign.tiny.model import MAX_TOKENS, SPECIAL, WORDS, build_tokenizer
+from leapalign.tiny.world import IMAGE_SIZE
 
 WEIGHTS = "model.safetensors"
 
@@ -79,5 +81,6 @@ def embedded_critic() -> Critic:
 
 
 def critic(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The embedded critic as a reward of a config: ``{name: custom, function: "leapalign.tiny.critic:critic"}``."""
-    return embedded_critic()(images, prompts)
+    """The embedded critic as a reward of a config, ``{name: custom, function: "leapalign.tiny.critic:critic"}``; images
+    of another size are brought to its own."""
+    return embedded_critic()(cover(images, IMAGE_SIZE), prompts)

@@ -33,10 +33,10 @@ SHOWN = 24
 CONTROL_SCENES = 8  # of each prompt: what the control trains on
 WITNESS = 'watch.rewards=[{name: custom, function: "leapalign.tiny.critic:critic"}]'
 WATCHED = (
-    "watch.every=15",
+    "watch.every=20",
     "watch.prompts=embedded:watch_prompts.txt",
     WITNESS,
-    "watch.stop_when=[held_out_custom < 0.9 base, diversity < 0.7 base, sharpness > 1.5 base]",
+    "watch.stop_when=[held_out_custom < 0.8 base, diversity < 0.7 base, sharpness > 1.5 base]",
 )
 """What a demo lays over the config ``tiny``."""
 REWARD, HELD_OUT_REWARD = "reward", "held_out_reward"

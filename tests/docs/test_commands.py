@@ -58,7 +58,6 @@ PARSED_ONLY = {
     "python -m leap_kernels bench": "minutes; tests/kernels has it",
     "python -m benchmarks.gpu_report": "needs a GPU; tests/benchmarks has it",
     "python benchmarks/tiny_study.py": "the demo, three times",
-    "python benchmarks/reward_ablation.py": "an hour",
     "python benchmarks/families.py": "minutes of simulations; tests/planning has them",
     "python benchmarks/activation_memory.py": "tests/planning has it",
     "python benchmarks/gradient_agreement.py": "minutes",

@@ -17,8 +17,11 @@ from leapalign.inputs.yaml_values import yaml_values
 from leapalign.runs.run import Run
 
 YAML = [(page, block) for page in PAGES for block in blocks(page, "yaml")]
-EMBEDDED = {"openai/clip-vit-large-patch14": "embedded:reward"}
-"""What stands in for a model that has to be downloaded."""
+EMBEDDED = {
+    "openai/clip-vit-large-patch14": "embedded:reward",
+    "held_out_clipscore < 0.9 base": "held_out_clipscore < base - 5",
+}
+"""What stands in for a model that has to be downloaded, and for a rule: the embedded one's cosines are negative."""
 NOT_THERE = ("leapalign/rewards/brightness.py", "runs/tiny/index.html", "runs/flux1_dev/samples/")
 """Paths of what a reader makes."""
 

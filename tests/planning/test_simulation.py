@@ -83,7 +83,7 @@ def test_command_says_what_fits_and_what_to_change(
     assert cli.main([*asked, "--gpu-memory", "1MB"]) == 0
     printed = capsys.readouterr().out
     assert "does not fit" in printed
-    assert "To fit: set memory.checkpointing to blocks" in printed
+    assert "To fit: set train.reward_chunk to 1: the reward stage is the largest" in printed
     assert cli.main([*asked, "--gpu-memory", "much"]) == 2
 
 

@@ -20,7 +20,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.rewards import get_reward, simulated_reward
 from leapalign.rewards.aesthetic import PUBLISHED
 from leapalign.rewards.preprocessing import cover, normalised
-from leapalign.tiny.train_reward import CLIP_SIDE, build_scorer, save_scorer
+from leapalign.tiny.train_reward import SEEN, build_scorer, save_scorer
 
 PROMPTS = ["a red circle", "two squares", "a cross above a square"]
 
@@ -66,7 +66,7 @@ def test_clipscore_is_transformers_own(clip: Path, options: dict[str, Any], fact
     official = model(
         input_ids=tokens.input_ids,
         attention_mask=tokens.attention_mask,
-        pixel_values=normalised(cover(images, CLIP_SIDE)),
+        pixel_values=normalised(cover(images, SEEN)),
     )
     same(reward(images, PROMPTS) / factor, (official.image_embeds * official.text_embeds).sum(-1), images)
     assert reward.highest == factor
@@ -75,7 +75,7 @@ def test_clipscore_is_transformers_own(clip: Path, options: dict[str, Any], fact
 def test_aesthetic_is_linear_layers_on_the_unit_embedding(clip: Path, head: Path) -> None:
     reward: Any = get_reward("aesthetic", path=str(head), tower=str(clip))
     images = smooth_images(32, 20).requires_grad_()
-    embedding = CLIPModel.from_pretrained(clip).get_image_features(normalised(cover(images, CLIP_SIDE))).pooler_output
+    embedding = CLIPModel.from_pretrained(clip).get_image_features(normalised(cover(images, SEEN))).pooler_output
     hidden = embedding / embedding.norm(dim=1, keepdim=True)
     weights = torch.load(head / PUBLISHED)
     for layer in (0, 2, 4, 6, 7):

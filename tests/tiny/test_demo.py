@@ -120,6 +120,7 @@ def test_a_demo_that_the_watch_stops_is_told_whole(
     (tmp_path / "pale.py").write_text("def pale(images, prompts): return images.mean((1, 2, 3))")
     reward = f"reward={{name: custom, function: '{tmp_path}/pale.py:pale'}}"
     asked = ["train.iterations=30", "train.batch_size=8", "watch.every=5", "checkpoint.every=5"]
+    asked += ["optimizer.warmup_iterations=0"]
     assert main(["demo", "--json", reward, f"output={tmp_path / 'run'}", "optimizer.learning_rate=1e-3", *asked]) == 0
     shown = capsys.readouterr()
     assert "as watch.stop_when" in shown.err
