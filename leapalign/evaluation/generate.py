@@ -53,7 +53,6 @@ def generate(
     return torch.cat(list(image_batches(model, embeddings, seeds, num_steps, batch_size, description)))
 
 
-@torch.no_grad()
 def image_batches(
     model: FlowModel,
     embeddings: Any,
@@ -63,12 +62,20 @@ def image_batches(
     description: str = "images",
 ) -> Iterator[Tensor]:
     """The images of `generate`, ``batch_size`` at a time, on the CPU."""
+    for _, images in batches(model, embeddings, seeds, num_steps, batch_size, description):
+        yield images.cpu()
+
+
+def batches(
+    model: FlowModel, embeddings: Any, seeds: Sequence[int], num_steps: int, batch_size: int, description: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Latents and images of `sample`, ``batch_size`` at a time, where the model computes."""
     require_fit(model, embeddings)
     sigmas = model.sigmas(num_steps)
     with sampling_progress(description, len(seeds), batch_size, num_steps) as step:
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
-            yield sample(model, embeddings[part], seeds[part], sigmas, step)[1].cpu()
+            yield sample(model, embeddings[part], seeds[part], sigmas, step)
 
 
 @contextlib.contextmanager

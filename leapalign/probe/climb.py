@@ -1,12 +1,11 @@
 """Where does a reward's gradient lead? Generated latents climb it through the decoder, without the model.
 
-What a training run follows is this gradient. Climbed on latents alone it costs a hundredth of a run, and shows the
+What a training run follows is this gradient. Climbed on latents alone it costs a small part of a run, and shows the
 same: pictures that suit their prompts better, by rewards that are not climbed too, or texture that only this one likes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,11 @@ import torch
 from torch import Tensor
 
 from leapalign.config import Config
-from leapalign.evaluation.generate import sample, sampling_model, sampling_progress
+from leapalign.evaluation.generate import batches, sampling_model
 from leapalign.evaluation.statistics import Interval, mean_interval
 from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.memory.placement import place_for_climbing, training_device
 from leapalign.method_gradient import Objective
-from leapalign.models.protocol import FlowModel
-from leapalign.models.velocity import require_fit
 from leapalign.prompts.embeddings import embeddings_to_sample
 from leapalign.reports.progress import progress
 from leapalign.reward_gradient import RewardFn
@@ -29,6 +26,7 @@ from leapalign.rewards import reward_terms
 from leapalign.rollout import per_sample
 from leapalign.watch import image_statistics as statistics
 from leapalign.watch.metrics import OF_IMAGES
+from leapalign.watch.watch import held_out_rewards
 
 STEP = 0.025
 """Length of a step, in lengths of the generated latents."""
@@ -115,31 +113,19 @@ def probe(config: Config, prompts: Sequence[str], steps: int, seed: int) -> list
     read, before any long work.
     """
     terms = reward_terms(config)
-    others = dataclasses.replace(config, reward=list(config.watch.rewards)) if config.watch.rewards else None
-    held_out = {term.name: term.reward for term in reward_terms(others)} if others else {}
+    held_out = held_out_rewards(config)
     warn_of_cut([(f"reward {term.name}", term.reward) for term in terms], lambda: prompts)
     model = sampling_model(config, None)
-    latents = _generated(config, model, prompts, seed)
-    device = training_device()
-    place_for_climbing(model, [*(term.reward for term in terms), *held_out.values()], config.memory, device)
-    objective = Objective(model.decode, terms, config.train.reward_chunk, config.equal_reward_gradients)
+    embeddings, seeds = embeddings_to_sample(config, list(prompts)), range(seed, seed + len(prompts))
     size = config.rollout.batch_size
+    generated = batches(model, embeddings, seeds, config.rollout.num_steps, size, "probe, images")
+    latents = torch.cat([made for made, _ in generated])
+    rewards = [*(term.reward for term in terms), *held_out.values()]
+    place_for_climbing(model, rewards, config.memory, training_device())
+    objective = Objective(model.decode, terms, config.train.reward_chunk, config.equal_reward_gradients)
     looks = sorted({round(steps * share / LOOKS) for share in range(LOOKS + 1)})
     with progress("probe, climb", steps * math.ceil(len(prompts) / size), "step") as bar:
         return list(climb(objective, held_out, latents, prompts, looks, size, bar.update))
-
-
-def _generated(config: Config, model: FlowModel, prompts: Sequence[str], seed: int) -> Tensor:
-    """Latents ``(N, ...)`` of the base, image i from ``seed + i``."""
-    embeddings = embeddings_to_sample(config, list(prompts))
-    require_fit(model, embeddings)
-    sigmas, size, made = model.sigmas(config.rollout.num_steps), config.rollout.batch_size, []
-    with sampling_progress("probe, images", len(prompts), size, config.rollout.num_steps) as step:
-        for start in range(0, len(prompts), size):
-            part = slice(start, min(start + size, len(prompts)))
-            seeds = range(seed + part.start, seed + part.stop)
-            made.append(sample(model, embeddings[part], seeds, sigmas, step)[0])
-    return torch.cat(made)
 
 
 def changes(climbs: Sequence[Climb]) -> dict[str, list[Interval]]:

@@ -86,28 +86,24 @@ def write_report(comparison: Comparison, run: Path) -> Path:
 
 
 def _introduction(comparison: Comparison, run: Path) -> str:
-    arms = {"before": comparison.before, "after": comparison.after, "control": comparison.control}
+    before, after, control = comparison.before, comparison.after, comparison.control
     iterations = len(read_metrics(run))
-
-    def card(title: str, of: str, values: Sequence[str], note: str) -> str:
-        return f'<div class="card">{title}<br><b>{" → ".join(values)}</b><br>' + (
-            f'<span class="note">{of}{note}</span></div>'
-        )
-
-    def change(read: str) -> list[str]:
-        return [f"{getattr(arms[name], read)().mean:.0%}" for name in ("before", "after")]
-
-    control = arms["control"]
+    alone = f"without a reward, as long: {control.accuracy().mean:.0%}"
     cards = [
-        card("right pictures", "without a reward, as long: ", change("accuracy"), f"{control.accuracy().mean:.0%}"),
+        _card("right pictures", f"{before.accuracy().mean:.0%}", f"{after.accuracy().mean:.0%}", alone),
         *(
-            card(title, note, [f"{arms[a].score(name).mean:.2f}" for a in ("before", "after")], "")
+            _card(title, f"{before.score(name).mean:.2f}", f"{after.score(name).mean:.2f}", note)
             for title, name, note in (
                 ("reward", REWARD, "what the training climbs"),
                 ("another reward", HELD_OUT_REWARD, "never trained on"),
             )
         ),
-        card("tidiness", "difference to a clean drawing", [f"{arms[a].untidiness().mean:.4f}" for a in arms][:2], ""),
+        _card(
+            "tidiness",
+            f"{before.untidiness().mean:.4f}",
+            f"{after.untidiness().mean:.4f}",
+            "difference to a clean drawing",
+        ),
     ]
     return (
         "<p>A tiny image model draws coloured shapes from a caption. Many of the captions that it learned from were "
@@ -116,6 +112,10 @@ def _introduction(comparison: Comparison, run: Path) -> str:
         "that scores how well a picture fits its prompt. The prompts below were not among those it trained on.</p>"
         f'<div class="tiles">{"".join(cards)}</div>'
     )
+
+
+def _card(title: str, before: str, after: str, note: str) -> str:
+    return f'<div class="card">{title}<br><b>{before} → {after}</b><br><span class="note">{note}</span></div>'
 
 
 def _grid(pairs: Sequence[Pair]) -> str:

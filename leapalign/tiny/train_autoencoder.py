@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from leapalign.storage.modes import save_pretrained
+from leapalign.tiny.descent import descend
 from leapalign.tiny.model import build_autoencoder
 from leapalign.tiny.scenes import KINDS, scene_pictures
 
@@ -71,11 +72,7 @@ def train_autoencoder(folder: Path, seed: int, log: Callable[[str], None]) -> No
         spread = LATENT_NOISE * torch.rand(BATCH, 1, 1, 1) * latents.detach().std()
         made = pictures_of(autoencoder, blended + spread * torch.randn_like(latents))
         loss = picture_loss(made, wanted) + spread_loss(latents)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 0.5)
-        optimizer.step()
-        schedule.step()
+        descend(loss, autoencoder.parameters(), optimizer, schedule, 0.5)
         if step % 250 == 0:
             errors = " ".join(f"{error:.4f}" for error in noise_errors(autoencoder))
             log(f"step {step} loss {loss.item():.4f} error at noise {TESTED_NOISE}: {errors}")

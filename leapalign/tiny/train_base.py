@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.flux import FluxModel
 from leapalign.models.protocol import FlowModel
+from leapalign.tiny.descent import descend
 from leapalign.tiny.evaluate import evaluate
 from leapalign.tiny.model import build_scheduler, build_transformer, encoded, save_model
 from leapalign.tiny.scenes import satisfying_scenes, scene_pictures
@@ -118,11 +119,7 @@ class Base:
         for step in range(phase.steps):
             captions, latents = self.examples.draw(BATCH, phase.caption_noise, rng)
             loss = flow_matching_loss(flow, self.embedded(captions), latents, generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            descend(loss, self.transformer.parameters(), optimizer, schedule)
             self.average.update_parameters(self.transformer)
             yield step
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leapalign.tiny.critic import Critic
+from leapalign.tiny.descent import descend
 from leapalign.tiny.judged_pool import JudgedPool
 from leapalign.tiny.world import all_prompts
 
@@ -45,11 +46,7 @@ def train_critic(pool: JudgedPool, folder: Path, seed: int, log: Callable[[str],
         images = (images + spread * torch.randn(images.shape, generator=generator)).clamp(0, 1)
         logits = critic.compare(critic.encode_images(images)[:, None], critic.encode_text(texts)[None])
         loss = preference_loss(logits, batch.satisfied().float(), batch.own)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, critic.parameters(), optimizer, schedule)
         if step % 500 == 0:
             with torch.no_grad():
                 scores = critic(tested.images(), [texts[own] for own in tested.own])

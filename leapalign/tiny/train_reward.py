@@ -20,6 +20,7 @@ from leapalign.models.flux import FluxModel
 from leapalign.rewards.clip_scorer import ClipScorer
 from leapalign.rewards.preprocessing import cover
 from leapalign.storage.modes import save_pretrained
+from leapalign.tiny.descent import descend
 from leapalign.tiny.lessons import Climbers, draw_lesson
 from leapalign.tiny.model import MAX_TOKENS, SPECIAL, WORDS, build_tokenizer
 from leapalign.tiny.nearest import CELL, SIDE, worth
@@ -114,11 +115,7 @@ def train_reward(
             found, theirs = climbers.step(climbed, score)
             images, prompts = torch.cat([images, cover(found, SIDE)]), prompts + theirs
         value, gradient, cosine = sobolev_errors(score, images, prompts)
-        optimizer.zero_grad(set_to_none=True)
-        (VALUE_WEIGHT * value + slope_weight * gradient).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(VALUE_WEIGHT * value + slope_weight * gradient, weights, optimizer, schedule)
         if step % 250 == 0:
             log(
                 f"step {step} error of the value {value.sqrt().item():.3f}, of the gradient {gradient.item():.3f}, "

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from leapalign.models.embeddings import PromptEmbeddings
+from leapalign.tiny.descent import descend
 from leapalign.tiny.model import (
     MAX_TOKENS,
     TEXT_WIDTH,
@@ -81,11 +82,7 @@ def train_text_encoders(seed: int, log: Callable[[str], None]) -> TextEncoders:
         target = torch.stack([wanted[prompt] for prompt in prompts])
         found = reader(encoders.encode([prompt.text for prompt in prompts]))
         losses = [divergence(logits, target) for logits in found]
-        optimizer.zero_grad(set_to_none=True)
-        sum(losses, torch.zeros(())).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(sum(losses, torch.zeros(())), weights, optimizer, schedule)
         if step == 1 or step % 500 == 0 or step == STEPS:
             log(f"step {step} divergence of pooled {losses[0].item():.4f}, of tokens {losses[1].item():.4f}")
     for encoder in (encoders.pooled, encoders.tokens):

@@ -35,6 +35,14 @@ SEED = 3_000_000
 _log = logging.getLogger("leapalign")
 
 
+def held_out_rewards(config: Config) -> dict[str, RewardFn]:
+    """``watch.rewards`` by name, loaded; empty without any. Raises UserError where one cannot be."""
+    if not config.watch.rewards:
+        return {}
+    terms = reward_terms(dataclasses.replace(config, reward=list(config.watch.rewards)))
+    return {term.name: term.reward for term in terms}
+
+
 @dataclass
 class Watch:
     """Held-out ``prompts``, of which ``embeddings[i]`` belongs to ``prompts[i]``, ``rewards`` by name that are not
@@ -64,11 +72,7 @@ class Watch:
         if not file.exists():
             raise UserError(f"watch.prompts '{file}' does not exist; correct the path")
         prompts = read_prompts(file)
-        rewards = {}
-        if watch.rewards:
-            terms = reward_terms(dataclasses.replace(config, reward=list(watch.rewards)))
-            rewards = {term.name: term.reward for term in terms}
-        return cls(config, prompts, rewards, rules)
+        return cls(config, prompts, held_out_rewards(config), rules)
 
     def warn_of_trained(self, trained: Sequence[str]) -> None:
         """Warns where prompts of the watch are among those that are trained on, whatever white space parts words."""
