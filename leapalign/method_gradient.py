@@ -10,10 +10,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from leapalign.config import Config
 from leapalign.diagnostics.guards import drop_rollouts, first_fault
 from leapalign.memory.residency import made_for, stage
 from leapalign.methods import Method
-from leapalign.reward_gradient import RewardGradient, RewardTerm, reward_gradient
+from leapalign.reward_gradient import CLAMPS, RewardGradient, RewardTerm, reward_gradient, to_unit_range
 from leapalign.rollout import Rollout, per_sample
 from leapalign.surrogate import ConditionedVelocity, GradientSink, surrogate_backward
 
@@ -23,19 +24,31 @@ class Objective:
     """What images are worth: the rewards in ``terms`` of what ``decode`` makes of latents.
 
     chunk: most images decoded and rewarded at once with gradient; None: all. equal_gradients: scales the gradient of
-    every reward, image by image, to the norm of the first one's, so that weights say what each contributes.
+    every reward, image by image, to the norm of the first one's, so that weights say what each contributes. clamp: of
+    decoded images, one of `leapalign.reward_gradient.CLAMPS`.
     """
 
     decode: Callable[[Tensor], Tensor]
     terms: Sequence[RewardTerm]
     chunk: int | None = None
     equal_gradients: bool = False
+    clamp: Callable[[Tensor], Tensor] = to_unit_range
+
+    @classmethod
+    def of(cls, config: Config, decode: Callable[[Tensor], Tensor], terms: Sequence[RewardTerm]) -> Objective:
+        """That of a run with ``config``."""
+        return cls(
+            decode, terms, config.train.reward_chunk, config.equal_reward_gradients, CLAMPS[config.train.image_clamp]
+        )
 
     def score(self, latents: Tensor, prompts: Sequence[str]) -> list[RewardGradient]:
         """Each term's rewards of ``latents (N, ...)`` and their gradients; latent n was made for ``prompts[n % B]``."""
         repeated = [prompts[n % len(prompts)] for n in range(len(latents))]
         with stage("reward"), made_for("reward"):
-            scored = [reward_gradient(self.decode, term.reward, latents, repeated, self.chunk) for term in self.terms]
+            scored = [
+                reward_gradient(self.decode, term.reward, latents, repeated, self.chunk, self.clamp)
+                for term in self.terms
+            ]
             return [replace(one, gradient=self._scaled(one, scored[0])) for one in scored]
 
     def true_gradient(self, rollout: Rollout, prompts: Sequence[str]) -> Tensor:
@@ -81,7 +94,8 @@ def method_backward(
 
     indices: of one draw, or of several `joined`; the gradient is the mean over all columns.
 
-    Returns metrics as tensors, an entry a column: ``reward``, ``loss`` and ``hinge_closed``, the method's diagnostics,
+    Returns metrics as tensors, an entry a column: ``reward``, ``loss``, ``hinge_closed`` and ``clamped`` (the share of
+    the decoded image's values outside [0, 1]), the method's diagnostics,
     ``gradient_term_R`` (the norm of row R's cotangent) and ``discount_R`` (what its input's gradient was multiplied
     by). Of several rewards the first two are weighted sums and the third is a mean; each has its own, too, as
     ``reward_NAME``, and ``reward_gradient_NAME``, the norm of its part of the gradient at the rewarded latents.
@@ -133,6 +147,7 @@ def method_backward(
         )
     metrics = {
         **_of_all(objective.terms, found),
+        "clamped": all_scored[0].clamped[rewarded],
         **diagnostics,
         **{f"gradient_term_{row}": norms for row, norms in enumerate(terms)},
         **{f"discount_{row}": discount[row] for row in range(1, len(terms)) if plan.discount[row] != 0},

@@ -29,11 +29,12 @@ class RewardTerm:
 @dataclass(frozen=True)
 class RewardGradient:
     """rewards: ``(B,)``; gradient: ``(B, ...)``, each sample's ``d reward_b / d latents_b``; images: decoded, in
-    [0, 1], ``(B, 3, H, W)``."""
+    [0, 1], ``(B, 3, H, W)``; clamped: ``(B,)``, the share of their values that lay outside."""
 
     rewards: Tensor
     gradient: Tensor
     images: Tensor
+    clamped: Tensor
 
 
 class _StraightThroughClamp(torch.autograd.Function):
@@ -54,22 +55,30 @@ def to_unit_range(images: Tensor) -> Tensor:
     return clamped
 
 
+CLAMPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "straight_through": to_unit_range,
+    "plain": lambda images: images.clamp(0, 1),
+}
+"""What brings decoded images into [0, 1]; ``plain`` has no gradient at values outside."""
+
+
 def reward_gradient(
     decode: Callable[[Tensor], Tensor],
     reward: RewardFn,
     latents: Tensor,
     prompts: Sequence[str],
     chunk: int | None = None,
+    clamp: Callable[[Tensor], Tensor] = to_unit_range,
 ) -> RewardGradient:
     """``r_b = reward(decode(x_b), prompt_b)`` and ``dr_b/dx_b`` for ``latents (B, ...)``.
 
     The loss enters later as a factor per sample, ``dL/dx = (dL/dr) (dr/dx)``, so that several losses can share one
-    reward gradient. ``chunk``: most samples decoded at once. Raises UserError where the reward does not return one
-    differentiable score a sample.
+    reward gradient. ``chunk``: most samples decoded at once; ``clamp``: one of `CLAMPS`. Raises UserError where the
+    reward does not return one differentiable score a sample.
     """
     size = chunk or len(latents)
     parts = [
-        _chunk_gradient(decode, reward, latents[start : start + size], prompts[start : start + size])
+        _chunk_gradient(decode, reward, latents[start : start + size], prompts[start : start + size], clamp)
         for start in range(0, len(latents), size)
     ]
     return RewardGradient(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -77,12 +86,17 @@ def reward_gradient(
 
 @repeated
 def _chunk_gradient(
-    decode: Callable[[Tensor], Tensor], reward: RewardFn, latents: Tensor, prompts: Sequence[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, their gradient and the images of ``latents``; the graph is freed on return."""
+    decode: Callable[[Tensor], Tensor],
+    reward: RewardFn,
+    latents: Tensor,
+    prompts: Sequence[str],
+    clamp: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The columns of a `RewardGradient`; the graph is freed on return."""
     with torch.enable_grad():
         x = latents.detach().requires_grad_()
-        image = to_unit_range(decode(x))
+        decoded = decode(x)
+        image = clamp(decoded)
         scores = reward(image, prompts)
     if scores.shape != (len(x),) or not scores.requires_grad:
         raise UserError(
@@ -91,4 +105,5 @@ def _chunk_gradient(
         )
     point("reward")
     (gradient,) = torch.autograd.grad(scores.sum(), x)
-    return scores.detach(), gradient, image.detach()
+    clamped = ((decoded < 0) | (decoded > 1)).flatten(1).float().mean(dim=1)
+    return scores.detach(), gradient, image.detach(), clamped

@@ -218,7 +218,7 @@ class Trainer:
         noise = self.model.draw_noise([seed_of(config.seed, NOISE_STREAM, position) for position in positions])
         with stage("rollout"):
             rollout = sample_rollout(velocity, noise, self.model.sigmas(config.rollout.num_steps))
-        objective = Objective(self.model.decode, self.rewards, config.train.reward_chunk, config.equal_reward_gradients)
+        objective = Objective.of(config, self.model.decode, self.rewards)
         microbatch = config.train.microbatch
         metrics = method_backward(
             self.method,

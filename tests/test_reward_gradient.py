@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leapalign.reward_gradient import reward_gradient
+from leapalign.reward_gradient import CLAMPS, reward_gradient
 
 LATENTS = torch.linspace(-0.4, 1.3, 5 * 12, dtype=torch.float64).view(5, 12)
 PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
@@ -31,11 +31,23 @@ def test_gradient_of_each_sample_whatever_the_chunk(chunk: int | None) -> None:
     assert not scored.rewards.requires_grad
 
 
-def test_saturated_pixels_keep_their_gradient() -> None:
-    scored = reward_gradient(decode, lambda images, prompts: images.sum(dim=(1, 2, 3)), LATENTS, PROMPTS)
-    assert bool((LATENTS > 1).any())
-    assert bool((LATENTS < 0).any())
-    assert torch.equal(scored.gradient, torch.ones_like(LATENTS))
+def summed(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.sum(dim=(1, 2, 3))
+
+
+def test_values_outside_keep_their_gradient_and_with_a_plain_clamp_have_none() -> None:
+    """Of a reward that asks of every value alike, the two gradients have a cosine of sqrt(1 - share outside)."""
+    outside = (LATENTS < 0) | (LATENTS > 1)
+    passed, plain = (
+        reward_gradient(decode, summed, LATENTS, PROMPTS, clamp=CLAMPS[name]) for name in ("straight_through", "plain")
+    )
+    assert torch.equal(passed.gradient, torch.ones_like(LATENTS))
+    assert torch.equal(plain.gradient, (~outside).to(LATENTS))
+    assert torch.equal(passed.images, plain.images)
+    assert torch.equal(plain.clamped, outside.float().mean(dim=1))
+    assert outside.float().mean() == pytest.approx(25 / 60)
+    cosine = torch.cosine_similarity(passed.gradient.flatten(), plain.gradient.flatten(), dim=0)
+    assert cosine.item() == pytest.approx((35 / 60) ** 0.5)
 
 
 @pytest.mark.parametrize(

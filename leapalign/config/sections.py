@@ -95,7 +95,13 @@ class EmaConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the average, which lives in host memory; bfloat16 is rounded stochastically."""
     decay: Decay = 0.995
-    """At most; warms up as ``n / (9 + n)`` at update n."""
+    """Share of itself that the average keeps at an update."""
+    warmup: bool = False
+    """Whether update n keeps at most ``n / (9 + n)``: a short run's average then forgets the base model."""
+    start: NonNegativeInt = 0
+    """Iterations before the first update; until then the average is the weights."""
+    interval: PositiveInt = 1
+    """Iterations between updates."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,8 @@ class TrainConfig:
     """Draws of the method on each rollout, which share its reward gradient; their mean is the gradient."""
     reward_chunk: PositiveInt | None = None
     """Most images decoded and rewarded at once with gradient; default: a whole rollout."""
+    image_clamp: Literal["straight_through", "plain"] = "straight_through"
+    """How gradient passes decoded values outside [0, 1]: unchanged, or not at all."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from huggingface_hub.repocard import metadata_load
 from leapalign.config import Config
 from leapalign.export.base import CARD, TRANSFORMER
 from leapalign.models.folder import read_index
+from leapalign.optimizers.weight_average import base_share
 
 _WEIGHTS = {
     "average": "average: the running average (EMA) over iterations",
@@ -91,13 +92,27 @@ def _trained(export: Export) -> str:
         "iterations": f"{export.iterations} of {config.train.batch_size} images",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
         "sampling": f"{config.rollout.num_steps} steps, {config.model.width} x {config.model.height} pixels",
-        "weights": _WEIGHTS[export.weights],
+        "weights": _weights(export),
         "layout": export.layout,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         f"# {base_name(export)}, aligned with {rows['reward']}\n\n{what} `{base_name(export)}`, trained with leapalign "
         f"on a differentiable reward.\n\n| | |\n| --- | --- |\n{table}"
+    )
+
+
+def _weights(export: Export) -> str:
+    """Which they are; of an average, what it is made of."""
+    ema = export.config.ema
+    if export.weights == "last":
+        return _WEIGHTS[export.weights]
+    warmup = " with a warm-up" if ema.warmup else ""
+    start = f", from iteration {ema.start} on" if ema.start else ""
+    interval = f", every {ema.interval} iterations" if ema.interval > 1 else ""
+    share = base_share(ema, export.iterations)
+    return (
+        f"{_WEIGHTS[export.weights]}; decay {ema.decay:g}{warmup}{start}{interval}; {share:.0%} of it is the base model"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,15 +18,35 @@ from leapalign.storage.faults import point
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def kept(config: EmaConfig, iteration: int) -> float:
+    """The share ``d`` of itself that an average keeps at an ``iteration``, counted from 1; 1 between updates."""
+    averaged = iteration - config.start
+    if averaged <= 0:
+        return 0.0
+    if averaged % config.interval:
+        return 1.0
+    n = averaged // config.interval
+    warm = (n / (9 + n) if n > 1 else 0.0) if config.warmup else 1.0
+    return min(config.decay, warm)
+
+
+def base_share(config: EmaConfig, iterations: int) -> float:
+    """How much of an average is still the model that training began with: the product of `kept`."""
+    return math.prod(kept(config, iteration) for iteration in range(1, iterations + 1))
+
+
 class WeightAverage:
-    """``average <- d average + (1 - d) weights`` with ``d = min(decay, n / (9 + n))`` at update n, 0 at the first.
+    """``average <- d average + (1 - d) weights`` every ``interval`` iterations after ``start``.
+
+    ``d = decay``; with a warm-up ``min(decay, n / (9 + n))`` at update n, 0 at the first. Up to ``start`` the average
+    is the weights.
 
     A bfloat16 average is rounded stochastically: near its goal, rounding to nearest would leave it where it is.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: EmaConfig, seed: int) -> None:
         self._parameters = parameters
-        self._decay = config.decay
+        self._config = config
         self._seed = seed
         self.updates = 0
         with host_memory("average"):
@@ -37,9 +58,11 @@ class WeightAverage:
             self._to_host = None if device.type == "cpu" else ToHost(device, parameters)
 
     def update(self) -> None:
-        """Moves the average towards the weights."""
+        """Moves the average towards the weights, if it is time."""
         self.updates += 1
-        decay = min(self._decay, self.updates / (9 + self.updates)) if self.updates > 1 else 0.0
+        decay = kept(self._config, self.updates)
+        if decay == 1:
+            return
         # Every update draws from positions of its own.
         position = (self.updates - 1) * sum(average.numel() for average in self.tensors)
         for average, parameter in zip(self.tensors, self._parameters, strict=True):

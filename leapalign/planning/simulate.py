@@ -161,9 +161,7 @@ def simulate_probe(config: Config) -> Peak:
         with ledger, run_by(_Replay(mode, ledger)):
             _count_frozen(ledger, parts)
             prepare_decoder(parts.model.decoder, config.memory)
-            objective = Objective(
-                parts.model.decode, parts.rewards, config.train.reward_chunk, config.equal_reward_gradients
-            )
+            objective = Objective.of(config, parts.model.decode, parts.rewards)
             size = min(config.rollout.batch_size, len(parts.embeddings))
             latents = parts.model.draw_noise(range(size))
             ascent(objective, latents, ["a prompt"] * size, torch.ones(size))

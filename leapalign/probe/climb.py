@@ -46,14 +46,20 @@ class Climb:
     values: Mapping[str, Tensor]
 
 
+def uphill(latents: Tensor, gradient: Tensor, length: Tensor) -> Tensor:
+    """``x + STEP |x_0| g / |g|`` of each of ``latents (B, ...)`` with its ``gradient (B, ...)``; where that is 0, x.
+    length: ``(B,)``, of the latents ``x_0`` a climb began with."""
+    gradient = gradient.double()  # where a reward is flat, the squares of float32 would be 0
+    size = gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    return latents + (per_sample(STEP * length / size, gradient) * gradient).to(latents)
+
+
 def ascent(objective: Objective, latents: Tensor, prompts: Sequence[str], length: Tensor) -> Tensor:
-    """``x + STEP |x_0| g / |g|`` of each of ``latents (B, ...)``, ``g = sum_r w_r dr/dx``: uphill in the weighted
-    sum of ``objective``'s rewards. length: ``(B,)``, of the generated latents ``x_0``."""
+    """``latents (B, ...)`` a step `uphill` in the weighted sum of ``objective``'s rewards, ``g = sum_r w_r dr/dx``."""
     scored = objective.score(latents, prompts)
     gradient = sum(term.weight * one.gradient for term, one in zip(objective.terms, scored, strict=True))
     assert isinstance(gradient, Tensor)
-    size = gradient.flatten(1).float().norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-    return latents + per_sample(STEP * length / size, latents).to(latents) * gradient
+    return uphill(latents, gradient, length)
 
 
 def climb(
@@ -122,7 +128,7 @@ def probe(config: Config, prompts: Sequence[str], steps: int, seed: int) -> list
     latents = torch.cat([made for made, _ in generated])
     rewards = [*(term.reward for term in terms), *held_out.values()]
     place_for_climbing(model, rewards, config.memory, training_device())
-    objective = Objective(model.decode, terms, config.train.reward_chunk, config.equal_reward_gradients)
+    objective = Objective.of(config, model.decode, terms)
     looks = sorted({round(steps * share / LOOKS) for share in range(LOOKS + 1)})
     with progress("probe, climb", steps * math.ceil(len(prompts) / size), "step") as bar:
         return list(climb(objective, held_out, latents, prompts, looks, size, bar.update))

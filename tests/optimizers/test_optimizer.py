@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ from benchmarks.stochastic_rounding import CHANGES, Change, movement
 from leapalign.config import HOST_OPTIMIZERS, EmaConfig, OptimizerConfig
 from leapalign.inputs.validation import UserError
 from leapalign.optimizers import OPTIMIZERS, get_optimizer
-from leapalign.optimizers.optimizer import Optimizer
-from leapalign.optimizers.weight_average import WeightAverage
+from leapalign.optimizers.optimizer import Optimizer, total_norm
+from leapalign.optimizers.weight_average import WeightAverage, base_share
 
 ROUNDED = ("adamw_8bit", "adafactor")
 
@@ -49,6 +49,16 @@ def test_adamw_is_pytorchs_with_clipping() -> None:
         assert optimizer.step()["grad_norm"] == pytest.approx(float(expected))
         reference.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_norm_of_bfloat16_gradients_is_that_of_their_values() -> None:
+    """Rounded to bfloat16, as PyTorch's is, it would be off by up to 2^-9."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(1000, generator=generator).bfloat16() for _ in range(50)]
+    exact = torch.cat(gradients).double().norm()
+    assert float(total_norm(gradients)) == pytest.approx(exact.item(), rel=1e-6)
+    assert abs(float(torch.nn.utils.get_total_norm(gradients)) / exact.item() - 1) > 1e-4
+    assert total_norm([]) == 0
 
 
 def test_eight_bit_moments_follow_full_ones() -> None:
@@ -153,11 +163,45 @@ def test_average_reaches_weights_that_stay(dtype: str) -> None:
     average = WeightAverage(weights, EmaConfig(dtype=dtype, decay=0.995), seed=0)
     with torch.no_grad():
         weights[0].fill_(1.5)
-    average.updates = 5000  # past the warm-up
     for _ in range(400):
         average.update()
     expected = 1.5 - 0.5 * 0.995**400
     assert float(average.tensors[0].float().mean()) == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "ages", "base"),
+    [
+        # The recipe: decay^300 of the base, which counts as 300 iterations old.
+        ({}, 154.76, 0.2223),
+        ({"warmup": True}, 30.0, 0.0),
+        ({"warmup": True, "decay": 0.98}, 30.0, 0.0),
+        ({"start": 100}, None, 0.0),
+        ({"interval": 10}, None, 0.995**30),
+    ],
+)
+def test_what_an_average_of_300_iterations_is_made_of(options: dict[str, Any], ages: float | None, base: float) -> None:
+    """Each iteration moves a weight of its own from 0 to 1: the average holds the shares."""
+    config = EmaConfig(**options)
+    weights = [nn.Parameter(torch.zeros(300, dtype=torch.float64))]
+    average = WeightAverage(weights, config, seed=0)
+    for iteration in range(300):
+        with torch.no_grad():
+            weights[0].zero_()
+            weights[0][iteration] = 1
+        average.update()
+    shares = average.tensors[0].double()
+    assert base_share(config, 300) == pytest.approx(base, abs=1e-4)
+    assert 1 - shares.sum().item() == pytest.approx(base, abs=1e-4)
+    if ages is not None:
+        age = (torch.arange(299, -1, -1) * shares).sum() + 300 * base_share(config, 300)
+        assert age.item() == pytest.approx(ages, abs=0.01)
+    elif "start" in options:
+        # The hundredth iteration's weights take the base's place.
+        assert (shares[:99] == 0).all()
+        assert shares[99].item() == pytest.approx(0.995**200, abs=1e-6)
+    else:
+        assert (shares > 0).nonzero().flatten().tolist() == list(range(9, 300, 10))
 
 
 def test_weights_come_back_from_the_average() -> None:

@@ -53,6 +53,16 @@ def test_a_step_is_one_length_up_the_weighted_sum_of_the_gradients() -> None:
     torch.testing.assert_close(moved, STEP * lengths[:, None] * direction)
 
 
+@pytest.mark.parametrize("slope", [1.0, 1e-30, 0.0])
+def test_a_step_is_of_that_length_however_flat_the_reward(slope: float) -> None:
+    start = torch.rand(2, 48, generator=torch.Generator().manual_seed(0))
+    moved = ascent(
+        objective((lambda images, prompts: slope * mean(images, prompts), 1.0)), start, ["a", "b"], start.norm(dim=1)
+    )
+    expected = STEP * start.norm(dim=1) * (slope > 0)
+    torch.testing.assert_close((moved - start).norm(dim=1), expected, rtol=1e-4, atol=0)
+
+
 def test_a_climb_is_its_steps_whatever_the_batch_and_looks_where_asked() -> None:
     start = torch.rand(5, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     prompts = list("abcde")
