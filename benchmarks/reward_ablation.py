@@ -85,7 +85,7 @@ def right(climb: Climb, prompts: list[str]) -> tuple[float, float]:
 
 def run_arm(arm: Arm, steps: int, folder: Path) -> dict[str, Any]:
     """Trains, climbs and aligns."""
-    reward = f"reward={{name: pickscore, path: {folder}, scale: probability}}"
+    reward = f"reward={{name: pickscore, path: {folder}, scale: logit}}"
     overrides = [
         reward,
         f"output={folder}/run",

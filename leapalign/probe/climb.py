@@ -46,20 +46,15 @@ class Climb:
     values: Mapping[str, Tensor]
 
 
-def uphill(latents: Tensor, gradient: Tensor, length: Tensor) -> Tensor:
-    """``x + STEP |x_0| g / |g|`` of each of ``latents (B, ...)`` with its ``gradient (B, ...)``; where that is 0, x.
-    length: ``(B,)``, of the latents ``x_0`` a climb began with."""
-    gradient = gradient.double()  # where a reward is flat, the squares of float32 would be 0
-    size = gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-    return latents + (per_sample(STEP * length / size, gradient) * gradient).to(latents)
-
-
 def ascent(objective: Objective, latents: Tensor, prompts: Sequence[str], length: Tensor) -> Tensor:
-    """``latents (B, ...)`` a step `uphill` in the weighted sum of ``objective``'s rewards, ``g = sum_r w_r dr/dx``."""
+    """``x + STEP |x_0| g / |g|`` of each of ``latents (B, ...)``, ``g = sum_r w_r dr/dx``: uphill in the weighted
+    sum of ``objective``'s rewards; where ``g`` is 0, x. length: ``(B,)``, of the generated latents ``x_0``."""
     scored = objective.score(latents, prompts)
     gradient = sum(term.weight * one.gradient for term, one in zip(objective.terms, scored, strict=True))
     assert isinstance(gradient, Tensor)
-    return uphill(latents, gradient, length)
+    gradient = gradient.double()  # where a reward is flat, the squares of float32 would be 0
+    size = gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    return latents + (per_sample(STEP * length / size, gradient) * gradient).to(latents)
 
 
 def climb(
