@@ -161,13 +161,15 @@ class Official(nn.Module):
         states = self.model.model.language_model(
             inputs_embeds=embeddings.masked_scatter(places, seen), attention_mask=padding
         ).last_hidden_state
-        return self.rm_head(states)[tokens == self.tokenizer.convert_tokens_to_ids("<|Reward|>")]
+        return self.rm_head(states.to(self.rm_head[0].weight.dtype))[
+            tokens == self.tokenizer.convert_tokens_to_ids("<|Reward|>")
+        ]
 
 
 def question(prompt: str) -> str:
     """The repository's INSTRUCTION. That it is so, a test tells by its digest."""
-    asked = conversation(prompt, 1).split("<|vision_end|>")[1]
-    return asked.split("\nPlease provide the overall ratings")[0]
+    asked = conversation("{text_prompt}", 1).split("<|vision_end|>")[1]
+    return asked.split("\nPlease provide the overall ratings")[0].format(text_prompt=prompt)
 
 
 def load(folder: Path, **options: str):
