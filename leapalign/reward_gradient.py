@@ -13,7 +13,9 @@ from leapalign.memory.repetition import repeated
 from leapalign.storage.faults import point
 
 RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
-"""``reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``, differentiable in the images, sample by sample."""
+"""``reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``, differentiable in the images, sample by sample.
+
+An attribute ``title`` is what errors call it."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,45 @@ def _chunk_gradient(
         x = latents.detach().requires_grad_()
         decoded = decode(x)
         image = clamp(decoded)
-        scores = reward(image, prompts)
-    if scores.shape != (len(x),) or not scores.requires_grad:
-        raise UserError(
-            f"a reward must return one differentiable score a sample, shape ({len(x)},), and this one returned shape "
-            f"{tuple(scores.shape)}{'' if scores.requires_grad else ' without a gradient'}; correct the reward"
-        )
+        scores = scores_of(reward, image, prompts)
     point("reward")
-    (gradient,) = torch.autograd.grad(scores.sum(), x)
+    # A score may have a gradient of weights, and none of the images.
+    gradient = torch.autograd.grad(scores.sum(), x, allow_unused=True)[0] if scores.requires_grad else None
+    if gradient is None:
+        raise UserError(
+            f"{_title(reward)} returned scores without a gradient to the images, and cannot be trained on; compute "
+            "them from the images by PyTorch alone, without detach, numpy or torch.no_grad, or name it in "
+            "evaluate.rewards or watch.rewards"
+        )
     clamped = ((decoded < 0) | (decoded > 1)).flatten(1).float().mean(dim=1)
     return scores.detach(), gradient, image.detach(), clamped
+
+
+def scores_of(reward: RewardFn, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """``(B,)``, what ``reward`` gives ``images (B, 3, H, W)``.
+
+    Raises UserError where it returns anything but a tensor of one real number a sample.
+    """
+    return require_scores(reward(images, prompts), len(images), _title(reward))
+
+
+def require_scores(scores: object, count: int, title: str) -> Tensor:
+    """``scores``, where they are a tensor ``(count,)`` of real numbers. Raises UserError otherwise.
+
+    title: what the error calls the reward that returned them.
+    """
+    if isinstance(scores, Tensor):
+        if scores.shape == (count,) and not scores.is_complex():
+            return scores
+        returned = f"a tensor of {str(scores.dtype).removeprefix('torch.')} and shape {tuple(scores.shape)}"
+    else:
+        returned = "None" if scores is None else f"an object of type {type(scores).__name__}"
+    raise UserError(
+        f"{title} must return one score a sample, a tensor of real numbers of shape ({count},), and returned "
+        f"{returned}; correct its return"
+    )
+
+
+def _title(reward: RewardFn) -> str:
+    title: str = getattr(reward, "title", "a reward")
+    return title

@@ -54,7 +54,9 @@ def test_values_outside_keep_their_gradient_and_with_a_plain_clamp_have_none() -
     ("reward", "message"),
     [
         (lambda images, prompts: images.mean(), r"shape \(5,\)"),
-        (lambda images, prompts: images.mean(dim=(1, 2, 3)).detach(), "without a gradient"),
+        (lambda images, prompts: None, r"^a reward must return one score a sample, .* and returned None; correct"),
+        (lambda images, prompts: images.mean(dim=(1, 2, 3)) + 0j, "returned a tensor of complex128"),
+        (lambda images, prompts: images.mean(dim=(1, 2, 3)).detach(), "without a gradient to the images"),
     ],
 )
 def test_unusable_rewards_are_refused(reward: object, message: str) -> None:

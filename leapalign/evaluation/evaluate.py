@@ -14,7 +14,7 @@ from leapalign.config import Config
 from leapalign.evaluation.generate import image_batches, sampling_model
 from leapalign.evaluation.statistics import Interval, mean_interval
 from leapalign.memory.placement import place_reward, training_device
-from leapalign.reward_gradient import RewardFn
+from leapalign.reward_gradient import RewardFn, scores_of
 from leapalign.rewards import reward_terms
 
 BASE, RUN, DIFFERENCE = "base", "run", "difference"
@@ -74,7 +74,7 @@ def _images(config: Config, weights: Path | None, embeddings: Any, seed: int, ar
 
 @torch.no_grad()
 def _values(reward: RewardFn, images: Tensor, prompts: Sequence[str]) -> list[float]:
-    values: list[float] = reward(images, prompts).tolist()
+    values: list[float] = scores_of(reward, images, prompts).tolist()
     return values
 
 

@@ -21,7 +21,7 @@ from leapalign.memory.placement import place_for_climbing, training_device
 from leapalign.method_gradient import Objective
 from leapalign.prompts.embeddings import embeddings_to_sample
 from leapalign.reports.progress import progress
-from leapalign.reward_gradient import RewardFn
+from leapalign.reward_gradient import RewardFn, scores_of
 from leapalign.rewards import reward_terms
 from leapalign.rollout import per_sample
 from leapalign.watch import image_statistics as statistics
@@ -96,7 +96,7 @@ def _look(
     images, columns = list[Tensor](), list[dict[str, Tensor]]()
     for part in parts:
         shown = objective.decode(current[part]).clamp(0, 1)
-        found = {name: reward(shown, prompts[part]) for name, reward in rewards.items()}
+        found = {name: scores_of(reward, shown, prompts[part]) for name, reward in rewards.items()}
         found |= {name: statistic(shown) for name, statistic in OF_IMAGES.items()}
         found[MOVED] = statistics.drift(current[part], start[part])
         found[LENGTH] = current[part].flatten(1).float().norm(dim=1) / start[part].flatten(1).float().norm(dim=1)

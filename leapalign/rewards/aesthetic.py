@@ -63,7 +63,8 @@ class AestheticScorer(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pixels = normalised(cover(images, self.tower.config.image_size))
+        # The head was trained behind OpenAI's own transform, which is torchvision's.
+        pixels = normalised(cover(images, self.tower.config.image_size, centre=round))
         embeddings = unit_vectors(self.tower(pixel_values=pixels.to(self.tower.dtype)).image_embeds)
         score: Tensor = self.head["layers"](embeddings).squeeze(-1)
         return score

@@ -5,18 +5,15 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import torch
-from torch import Tensor, nn
-
 from leapalign.inputs.paths import PathText
 from leapalign.inputs.validation import UserError, brief
 from leapalign.reward_gradient import RewardFn
+from leapalign.rewards.kept_settings import settings_kept
+from leapalign.rewards.own_reward import OwnReward, place
 
 
 @dataclass(frozen=True)
@@ -37,27 +34,28 @@ class Custom:
             raise UserError(
                 f"reward.function '{self.function}' must read package.module:function, or path/to/file.py:function"
             )
+        title = f"reward.function '{self.function}'"
         try:
-            found = getattr(_from_file(module) if module.endswith(".py") else importlib.import_module(module), name)
+            with settings_kept(title, set()):
+                found = getattr(_from_file(module) if module.endswith(".py") else importlib.import_module(module), name)
+        except SystemExit as error:
+            raise UserError(f"{title} ends the program as it is imported ({place(error)}); take that out") from None
         except Exception as error:  # whatever the user's module raises
             raise UserError(
                 f"cannot import reward.function '{self.function}' ({type(error).__name__}: {brief(error)}); correct "
                 "it, or put its folder on PYTHONPATH"
             ) from None
         if not callable(found):
-            raise UserError(
-                f"reward.function '{self.function}' is a {type(found).__name__}; name a function of (images, prompts)"
-            )
+            raise UserError(f"{title} is a {type(found).__name__}; name a function of (images, prompts)")
         try:
             inspect.signature(found).bind("images", "prompts")
         except TypeError as error:
             raise UserError(
-                f"reward.function '{self.function}' cannot be called with images and prompts ({brief(error)}); give it "
-                "these two arguments"
+                f"{title} cannot be called with images and prompts ({brief(error)}); give it these two arguments"
             ) from None
         except ValueError:  # some built-in functions do not say what they take
             pass
-        return OwnReward(found, self.function)
+        return OwnReward(found, title)
 
 
 def _from_file(file: str) -> ModuleType:
@@ -69,25 +67,3 @@ def _from_file(file: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-class OwnReward(nn.Module):
-    """Calls ``function``. Whatever it raises becomes a UserError that says where; training can go on from there."""
-
-    def __init__(self, function: RewardFn, name: str) -> None:
-        super().__init__()
-        self.function, self.name = function, name
-        if hasattr(function, "highest"):
-            self.highest = float(function.highest)
-
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        try:
-            return self.function(images, prompts)
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"reward.function '{self.name}' raised {type(error).__name__}: {brief(error)} "
-                f"({Path(place.filename).name}, line {place.lineno}); correct it, then go on with --resume"
-            ) from error

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from ftfy import fix_text
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
 from leapalign.inputs.paths import PathText
 from leapalign.inputs.tokenizers import read_tokenizer
@@ -64,6 +64,9 @@ class HPSv2:
     """Folder or hub id of CLIP's tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the model's weights and arithmetic."""
+    clip_overshoot: bool = True
+    """Pixels that resizing takes out of [0, 1] are clipped, as in the 8-bit pictures that HPSv2 was trained and scores
+    on; false: they stay, as its transform leaves those of float tensors."""
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read or do not fit together."""
@@ -78,7 +81,7 @@ class HPSv2:
                 f"{len(tokenizer)}; check reward.processor"
             )
         model = _model(config, tensors, file, getattr(torch, self.dtype))
-        return HPSv2Scorer(model, tokenizer, CLIPImageProcessor(), "cosine")
+        return HPSv2Scorer(model, tokenizer, self.clip_overshoot)
 
     def simulated(self) -> nn.Module:
         """As large as ViT-H-14."""
@@ -88,9 +91,13 @@ class HPSv2:
 class HPSv2Scorer(ClipScorer):
     """A `ClipScorer` with open_clip's way of reading prompts and HPSv2's way of fitting images."""
 
+    def __init__(self, model: CLIPModel, tokenizer: PreTrainedTokenizerBase, clip_overshoot: bool) -> None:
+        super().__init__(model, tokenizer, CLIPImageProcessor(), "cosine")
+        self.clip_overshoot = clip_overshoot
+
     def fit(self, images: Tensor) -> Tensor:
         """``(B, 3, S, S)`` at the model's size: long side to it (bicubic, antialiased), the rest black."""
-        return contain(images, self.side)
+        return contain(images, self.side, self.clip_overshoot)
 
     def text(self, prompt: str) -> str:
         """The `cleaned` prompt."""

@@ -24,6 +24,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
 from leapalign.rewards.hpsv3_prompt import IMAGE_TOKEN, REWARD_TOKEN, conversation
+from leapalign.rewards.hpsv3_rotary import cast_rotary
 from leapalign.rewards.preprocessing import normalised, resize
 from leapalign.rewards.simulated import QWEN2_VL_7B
 from leapalign.storage.embedded import resolve
@@ -48,6 +49,8 @@ class HPSv3:
     folder where that holds a ``config.json``, else the model HPSv3 began as."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of Qwen2-VL; the head is in float32."""
+    rotary_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the frequencies of both rotary embeddings: ``bfloat16``, as HPSv3's own code casts them, or exact."""
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read or do not fit together."""
@@ -62,6 +65,7 @@ class HPSv3:
         tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         config.text_config.vocab_size = len(tokenizer)
         model, head = _networks(config, _published_tensors(file), file, getattr(torch, self.dtype))
+        cast_rotary(model, getattr(torch, self.rotary_dtype))
         if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
             _fuse(model)
         return HPSv3Scorer(model, head, tokenizer, tokenizer.convert_tokens_to_ids(REWARD_TOKEN))

@@ -119,8 +119,8 @@ class ImageRewardScorer(nn.Module):
         return PromptLimit.of(self.tokenizer, MAX_TOKENS)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """``(B, 3, S, S)``: short side to the encoder's (bicubic, antialiased), centre crop, normalised."""
-        return normalised(cover(images, self.vision.config.image_size))
+        """``(B, 3, S, S)``: short side to the encoder's (bicubic, antialiased), torchvision's centre, normalised."""
+        return normalised(cover(images, self.vision.config.image_size, centre=round))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         # The package also gives its tokenizer [DEC] and [ENC], but no score uses them: the first token is [CLS].

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,28 +16,36 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of the pixels that OpenAI's CLIP was trained on; all its descendants use them."""
 
 
-def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+def resize(images: Tensor, height: int, width: int, mode: str = "bicubic", clip: bool = True) -> Tensor:
     """``images (B, 3, H, W)`` in [0, 1] at another size, antialiased as PIL does it.
 
-    Overshoot is clipped, as 8-bit pictures clip it, but keeps its gradient.
+    clip: overshoot is clipped, as 8-bit pictures clip it, but keeps its gradient.
     """
-    return to_unit_range(F.interpolate(images, (height, width), mode=mode, antialias=True))
+    resized = F.interpolate(images, (height, width), mode=mode, antialias=True)
+    return to_unit_range(resized) if clip else resized
 
 
-def cover(images: Tensor, side: int) -> Tensor:
-    """``(B, 3, side, side)``: short side to ``side``, then the centre of the long one (CLIP's transform)."""
+def cover(images: Tensor, side: int, centre: Callable[[float], int] = math.floor) -> Tensor:
+    """``(B, 3, side, side)``: short side to ``side``, then the centre of the long one (CLIP's transform).
+
+    centre: of half an odd margin, the pixels that are cut off first. transformers takes the floor, torchvision Python's
+    `round`, which goes to the even one.
+    """
     height, width = images.shape[-2:]
     short = min(height, width)
     images = resize(images, side * height // short, side * width // short)
-    top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
+    top, left = (centre((length - side) / 2) for length in images.shape[-2:])
     return images[..., top : top + side, left : left + side]
 
 
-def contain(images: Tensor, side: int) -> Tensor:
-    """``(B, 3, side, side)``: long side to ``side``, then black on both sides of the short one (HPSv2's transform)."""
+def contain(images: Tensor, side: int, clip: bool = True) -> Tensor:
+    """``(B, 3, side, side)``: long side to ``side``, then black on both sides of the short one (HPSv2's transform).
+
+    clip: as of `resize`.
+    """
     scale = side / max(images.shape[-2:])
     height, width = (max(1, round(size * scale)) for size in images.shape[-2:])
-    images = resize(images, height, width)
+    images = resize(images, height, width, clip=clip)
     high, wide = side - images.shape[-2], side - images.shape[-1]
     return F.pad(images, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
 

@@ -20,7 +20,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.memory.placement import lent_device
 from leapalign.models.protocol import FlowModel
 from leapalign.prompts.files import read_prompts
-from leapalign.reward_gradient import RewardFn, RewardTerm
+from leapalign.reward_gradient import RewardFn, RewardTerm, scores_of
 from leapalign.rewards import reward_terms
 from leapalign.storage.embedded import resolve
 from leapalign.storage.faults import point
@@ -162,11 +162,11 @@ class Watch:
 
     def _scores(self, terms: Sequence[RewardTerm], images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """``held_out_*`` of each image, ``(B,)``, on the device of ``images``."""
-        trained = [term.reward(images, prompts).to(images.device, torch.float32) for term in terms]
+        trained = [scores_of(term.reward, images, prompts).to(images.device, torch.float32) for term in terms]
         found = {"held_out_reward": reduce(torch.add, [t.weight * s for t, s in zip(terms, trained, strict=True)])}
         if len(terms) > 1:
             found |= {f"held_out_reward_{t.name}": scores for t, scores in zip(terms, trained, strict=True)}
-        others = {name: reward(images, prompts) for name, reward in self.rewards.items()}
+        others = {name: scores_of(reward, images, prompts) for name, reward in self.rewards.items()}
         return found | {f"held_out_{name}": s.to(images.device, torch.float32) for name, s in others.items()}
 
 

@@ -13,7 +13,7 @@ from small_runs import PROMPTS, config_of, weights
 from torch import Tensor
 
 from leapalign.inputs.validation import UserError
-from leapalign.rewards.custom import OwnReward
+from leapalign.rewards.own_reward import OwnReward
 from leapalign.runs.checkpoint import latest_checkpoint, load_checkpoint
 from leapalign.runs.opening import opened_run
 from leapalign.runs.run import Run
@@ -169,7 +169,7 @@ def test_a_reward_that_raises_leaves_a_run_that_goes_on(parts: Path, tmp_path: P
     def reward(images: Tensor, prompts: Any) -> Tensor:
         return term.reward(images, prompts) / (next(calls) != 3 or [][0])
 
-    trainer.rewards = [type(term)(term.name, OwnReward(reward, "own:reward"), term.threshold)]
+    trainer.rewards = [type(term)(term.name, OwnReward(reward, "reward.function 'own:reward'"), term.threshold)]
     with pytest.raises(UserError, match=r"own:reward' raised IndexError: list index out of range .*test_guards\.py"):
         Run(trainer).train()
     with opened_run(config, resume=True) as resumed:

@@ -79,6 +79,30 @@ def test_images_are_fitted_as_pil_does(folder: Path, size: tuple[int, int]) -> N
     assert float((load(folder).preprocess(images) - expected).abs().max()) <= PIL_ROUNDING
 
 
+def test_overshoot_is_clipped_as_pictures_clip_it_or_stays_as_asked(folder: Path) -> None:
+    """A white square on black at twice its size: pictures, which PIL clips after either pass, are 0.057 from clipped
+    tensors and 0.146 from the others.
+
+    Of the cubic kernel (a = -1/2) the pixel across an edge has -(1.25^3 - 5 1.25^2 + 8 1.25 - 4) / 2 = -0.0703, so
+    float tensors reach 1.0703^2 = 1.1455 at the corners.
+    """
+    images = torch.zeros(1, 3, 14, 14)
+    images[..., 4:10, 4:10] = 1
+    (picture,) = to_pictures(images)
+    pixels = from_pictures([picture.resize((28, 28), Image.Resampling.BICUBIC)], (0, 0, 0), (1, 1, 1))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    default, clipped, kept = (
+        load(folder, **options).preprocess(images) * std + mean
+        for options in ({}, {"clip_overshoot": True}, {"clip_overshoot": False})
+    )
+    assert torch.equal(default, clipped)
+    assert float(clipped.max()) == pytest.approx(1)
+    assert float(kept.max()) == pytest.approx(1.1455, abs=1e-4)
+    torch.testing.assert_close(kept.clamp(0, 1), clipped)
+    assert float((clipped - pixels).abs().max()) == pytest.approx(0.057, abs=2e-3)
+    assert float((kept - pixels).abs().max()) == pytest.approx(0.1455, abs=2e-3)
+
+
 def test_gradient_reaches_all_of_an_oblong_image(folder: Path) -> None:
     images = smooth_images(60, 30).requires_grad_()
     gradient = slopes(load(folder)(images, PROMPTS), images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from reward_cases import PIL_ROUNDING, SIZES, smooth_images, to_pictures
@@ -16,6 +18,23 @@ def test_cover_is_clip_s_transform(size: tuple[int, int]) -> None:
     processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     official = processor(to_pictures(images), return_tensors="pt").pixel_values
     assert float((normalised(cover(images, 28)) - official).abs().max()) <= PIL_ROUNDING
+
+
+def test_centre_of_an_odd_margin_is_the_library_s_own() -> None:
+    """torchvision rounds half of it to the even one, transformers takes the floor: a pixel apart at 3, 7, 11, ...
+
+    So at 832 x 1216 before a tower of 224: 327 rows, of which 103 are cut off.
+    """
+    torchvision = {0: 0, 1: 0, 2: 1, 3: 2, 4: 2, 5: 2, 6: 3, 7: 4, 8: 4, 103: 52}
+    transformers = {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 2, 6: 3, 7: 3, 8: 4, 103: 51}
+    for margin in torchvision:
+        line = torch.linspace(0, 1, 28 + margin)
+        images = line.view(1, 1, -1, 1).expand(1, 3, -1, 28)
+        for first, centre in ((torchvision[margin], round), (transformers[margin], math.floor)):
+            tall, wide = cover(images, 28, centre)[0, 0, :, 0], cover(images.mT, 28, centre)[0, 0, 0]
+            torch.testing.assert_close(tall, line[first : first + 28])
+            torch.testing.assert_close(wide, line[first : first + 28])
+    assert 224 * 1216 // 832 - 224 == 103
 
 
 @pytest.mark.open_clip

@@ -96,10 +96,26 @@ def config_json(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
     }
 
 
-class Official(nn.Module):
-    """HPSv3 as its repository assembles it."""
+class PublishedVisionRotary(nn.Module):
+    """transformers 4.45's, which HPSv3 runs on: a table of angles in the dtype of the frequencies, then its rows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, width: int) -> None:
+        """width: of an attention head."""
+        super().__init__()
+        frequencies = 1 / 10000 ** (torch.arange(0, width // 2, 2).float() / (width // 2))
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        places = torch.arange(int(position_ids.max()) + 1, dtype=self.inv_freq.dtype)
+        angles = torch.outer(places, self.inv_freq)[position_ids].flatten(1)
+        return torch.cat([angles.cos()] * 2, dim=1), torch.cat([angles.sin()] * 2, dim=1)
+
+
+class Official(nn.Module):
+    """HPSv3 as its repository assembles it, but for parameters in float32."""
+
+    def __init__(self, folder: Path, rotary_dtype: torch.dtype = torch.bfloat16) -> None:
+        """rotary_dtype: the repository's ``model.to(torch.bfloat16)`` casts the frequencies, too."""
         super().__init__()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
@@ -109,6 +125,8 @@ class Official(nn.Module):
         self.rm_head = nn.Sequential(
             nn.Linear(32, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
         )
+        self.model.model.visual.rotary_pos_emb = PublishedVisionRotary(16).to(rotary_dtype)
+        self.model.model.language_model.rotary_emb.to(rotary_dtype)
         for parameter in self.parameters():  # as if trained: nothing is 0 or 1, scores differ
             nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else parameter[0].numel() ** -0.5)
         for parameter in self.model.parameters():
@@ -143,13 +161,15 @@ class Official(nn.Module):
         states = self.model.model.language_model(
             inputs_embeds=embeddings.masked_scatter(places, seen), attention_mask=padding
         ).last_hidden_state
-        return self.rm_head(states)[tokens == self.tokenizer.convert_tokens_to_ids("<|Reward|>")]
+        return self.rm_head(states.to(self.rm_head[0].weight.dtype))[
+            tokens == self.tokenizer.convert_tokens_to_ids("<|Reward|>")
+        ]
 
 
 def question(prompt: str) -> str:
     """The repository's INSTRUCTION. That it is so, a test tells by its digest."""
-    asked = conversation(prompt, 1).split("<|vision_end|>")[1]
-    return asked.split("\nPlease provide the overall ratings")[0]
+    asked = conversation("{text_prompt}", 1).split("<|vision_end|>")[1]
+    return asked.split("\nPlease provide the overall ratings")[0].format(text_prompt=prompt)
 
 
 def load(folder: Path, **options: str):
