@@ -75,6 +75,14 @@ def test_every_method_has_a_line_with_its_defaults() -> None:
         assert said.format(getattr(get_method(name), option)) in rows[name]
 
 
+def test_every_difference_to_what_is_published_has_its_test() -> None:
+    table = TEXT.split("## As published")[1].split("\n## ")[0]
+    named = re.findall(r"`(test_\w+)` \|$", table, flags=re.M)
+    assert len(named) == len(re.findall(r"^\|", table, flags=re.M)) - 2
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in named if f"def {name}(" not in tests] == []
+
+
 def test_metrics_of_the_page_are_those_of_a_run(tmp_path: Path) -> None:
     asked = ("rollout.batch_size=4", "train.batch_size=4", "train.iterations=1", "rollout.num_steps=4")
     compared = "diagnostics.true_gradient_every=1"
