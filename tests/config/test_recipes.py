@@ -86,6 +86,25 @@ def test_a_recipe_loads_by_itself_and_its_method_plans(recipe: str) -> None:
     assert bool((plan.coefficient.sum(dim=0) < 0).all())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "share"),
+    [
+        (f"{SD3}/flowbp_sparse", 0.5 + 0.5 * 4 / 25),
+        (f"{SD3}/flowbp_bridge", 5 / 25),
+        (f"{KLEIN}/flowbp_sparse", 4 / 25),
+        (f"{KLEIN}/flowbp_bridge", 0.5 + 0.5 * 3 / 25),
+    ],
+)
+def test_how_much_of_the_trajectory_a_recipe_counts(recipe: str, share: float) -> None:
+    """Coefficients of K of 25 equal steps, times 1 + rho (25 / K - 1), add up to rho + (1 - rho) K / 25; by default,
+    rho 1, to 1."""
+    options = load_config(Path("recipes") / recipe).method
+    for method, expected in ((get_method(**options), share), (get_method(options["name"]), 1.0)):
+        drawn = method.draw(25, 100, torch.Generator().manual_seed(0))
+        total = method.plan(torch.linspace(1, 0, 26, dtype=torch.float64), **drawn).coefficient.sum(dim=0)
+        torch.testing.assert_close(-total, torch.full((100,), expected, dtype=torch.float64))
+
+
 def test_later_configs_go_over_those_before_and_overrides_over_all(tmp_path: Path) -> None:
     """Key by key in sections; a method or reward whole; what is no section as it is."""
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"

@@ -140,8 +140,14 @@ def test_lagrange_draws_as_flowbp_does(cap: int | None) -> None:
 def test_how_often_lagrange_starts_from_noise_and_from_the_last_step() -> None:
     """k = 0 where k's share, Beta(2, 8.5), rounds to one step or none: 1 - .94^8.5 (1 + 8.5 * .06) = 10.76 %.
 
-    Cut down instead, as here before, it was 1 - .96^8.5 (1 + 8.5 * .04) = 5.29 %, and j the last step at times.
+    With cumulative shares cut down instead, as here before, it is 1 - .96^8.5 (1 + 8.5 * .04) = 5.29 %, and j the last
+    step in 1.7 %.
     """
+    cut = torch.from_numpy(
+        np.random.default_rng(1).dirichlet((2.0, 6.0, 2.5), size=100_000).cumsum(axis=1) * STEPS
+    ).long()
+    assert float((cut[:, 0] == 0).double().mean()) == pytest.approx(0.0529, abs=0.004)
+    assert float((cut[:, 1] == STEPS - 1).double().mean()) == pytest.approx(0.017, abs=0.002)
     drawn = draw("flowbp_lagrange", count=100_000)
     assert float((drawn["k"] == 0).double().mean()) == pytest.approx(0.1076, abs=0.005)
     assert int(drawn["j"].max()) == STEPS - 2
