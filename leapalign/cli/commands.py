@@ -99,17 +99,17 @@ def _train(run: Run) -> float:
     return seconds
 
 
-def _config(path: Path | None, run: Path | None, overrides: list[str]) -> Config:
-    """The config file given, else that of the run folder."""
+def _config(paths: list[Path] | None, run: Path | None, overrides: list[str]) -> Config:
+    """The config of the files given, else that of the run folder."""
     from leapalign.config import load_config
 
-    if path is None:
+    if paths is None:
         if run is None:
             raise UserError("name a config with --config, a file or one that leapalign configs lists, such as tiny")
-        path = run / "config.yaml"
-        if not path.exists():
+        paths = [run / "config.yaml"]
+        if not paths[0].exists():
             raise UserError(f"'{run}' is not a run folder: it has no config.yaml; check the path")
-    return load_config(path, overrides)
+    return load_config(paths, overrides)
 
 
 def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:

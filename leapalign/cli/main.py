@@ -16,7 +16,7 @@ from leapalign.inputs.failures import user_error
 from leapalign.inputs.paths import path_argument
 
 OVERRIDES = "any config key can follow as section.key=value; leapalign config lists them all"
-CONFIG = "YAML file, or a name from leapalign configs, such as"
+CONFIG = "YAML file, or a name from leapalign configs; given again, its keys go over those before; such as"
 KERNELS = "kernels"  # everything behind this word belongs to leap_kernels
 WITHOUT_CONFIG = ("config", "configs", "doctor")
 CLOSED_PIPE = 141  # what a shell says of a process that SIGPIPE ended
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(execute=run.demo_command)
 
     train = commands.add_parser("train", help="train from a config, or continue a run", epilog=OVERRIDES)
-    train.add_argument("--config", type=path_argument, help=f"{CONFIG} tiny")
+    train.add_argument("--config", action="append", type=path_argument, help=f"{CONFIG} tiny")
     train.add_argument(
         "--resume", type=path_argument, metavar="RUN", help="run to continue, RUN/checkpoints/step-N, or latest"
     )
@@ -49,7 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(execute=run.evaluate_command)
 
     for command in (generate, evaluate):
-        command.add_argument("--config", type=path_argument, help=f"{CONFIG} tiny: names the base model")
+        command.add_argument(
+            "--config", action="append", type=path_argument, help=f"{CONFIG} tiny: names the base model"
+        )
         command.add_argument(
             "--run", type=path_argument, help="run folder: its latest checkpoint is used, or RUN/checkpoints/step-N"
         )
@@ -57,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0, help="noise seed of the first image")
 
     probe = commands.add_parser("probe", help="where a reward's gradient leads, before training", epilog=OVERRIDES)
-    probe.add_argument("--config", type=path_argument, required=True, help=f"{CONFIG} tiny")
+    probe.add_argument("--config", action="append", type=path_argument, required=True, help=f"{CONFIG} tiny")
     probe.add_argument("--prompts", type=path_argument, help="prompt file, default the config's")
     probe.add_argument("--images", type=int, default=16, help="to climb from, default 16")
     probe.add_argument("--steps", type=int, default=30, help="of the climb, each a fortieth of a latent's length long")
@@ -66,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     probe.set_defaults(execute=run.probe_command)
 
     cache = commands.add_parser("cache", help="encode prompts once, for prompts.cache", epilog=OVERRIDES)
-    cache.add_argument("--config", type=path_argument, required=True, help=f"{CONFIG} tiny: names the model")
+    cache.add_argument(
+        "--config", action="append", type=path_argument, required=True, help=f"{CONFIG} tiny: names the model"
+    )
     cache.add_argument("--prompts", type=path_argument, help="prompt file, default the config's")
     cache.add_argument(
         "--output", type=path_argument, help=f"folder, default the config's prompts.cache or {run.PROMPT_CACHE}"
@@ -88,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--step", type=int, help="of the run, default its latest checkpoint")
 
     memory = commands.add_parser("memory", help="simulate what an iteration needs, without a GPU", epilog=OVERRIDES)
-    memory.add_argument("--config", type=path_argument, required=True, help=f"{CONFIG} flux1_dev/80gb")
+    memory.add_argument("--config", action="append", type=path_argument, required=True, help=f"{CONFIG} flux1_dev/80gb")
     memory.add_argument("--gpu-memory", default="80GiB", help="what has to suffice, such as 24GiB")
     memory.add_argument("--auto", action="store_true", help="find the fastest settings that fit (minutes)")
     memory.set_defaults(execute=run.memory_command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from leapalign.config.sections import Config
 from leapalign.inputs.validation import UserError, brief, shortened, validated
 from leapalign.inputs.yaml_values import LONGEST, yaml_values
 from leapalign.storage.durable import write_text
+
+SECTIONS = {field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)}
+"""Keys with keys of their own, always the same ones."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -50,9 +54,22 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
     return result
 
 
-def load_config(path: Path, assignments: Sequence[str] = ()) -> Config:
-    """The validated config in ``path``, or the profile called so, with overrides applied. Raises UserError."""
-    return config_from(override(read_config(path), assignments), str(path))
+def load_config(path: Path | Sequence[Path], assignments: Sequence[str] = ()) -> Config:
+    """The validated config in ``path``, or the profile called so, with overrides applied; of several, each laid over
+    those before. Raises UserError."""
+    paths = [path] if isinstance(path, Path) else path
+    values = reduce(_laid_over, map(read_config, paths))
+    return config_from(override(values, assignments), " with ".join(map(str, paths)))
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``below`` with the keys of ``above``. A method or a reward comes whole: options of another would not fit it."""
+    merged = {
+        key: {**below[key], **above[key]}
+        for key in SECTIONS & below.keys() & above.keys()
+        if isinstance(below[key], dict) and isinstance(above[key], dict)
+    }
+    return {**below, **above, **merged}
 
 
 def config_from(values: Mapping[str, Any], where: str) -> Config:

@@ -53,6 +53,10 @@ def _definitions(classes: Iterable[type[Any]]) -> dict[str, Schema]:
         # Pydantic takes settings for a list, which it would not for a dataclass of the standard library.
         adapter = TypeAdapter(list[cls], config=ConfigDict(use_attribute_docstrings=True, extra="forbid"))  # type: ignore[valid-type]
         found |= adapter.json_schema(schema_generator=_Untitled)["$defs"]
+        # It reads the docstrings under a class's own fields, not under those that it inherits.
+        for base in filter(dataclasses.is_dataclass, cls.__mro__[1:]):
+            for name, option in _definitions([base])[base.__name__]["properties"].items():
+                found[cls.__name__]["properties"][name] = option | found[cls.__name__]["properties"][name]
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leapalign.methods.base import wide
+
 
 def draw_without_replacement(weight: Tensor, count: Tensor, generator: torch.Generator) -> Tensor:
     """Steps drawn one after the other, each with probability proportional to its weight among those left.
@@ -17,6 +19,11 @@ def draw_without_replacement(weight: Tensor, count: Tensor, generator: torch.Gen
     chosen = time.argsort(dim=1).argsort(dim=1) < count[:, None]
     steps = torch.arange(weight.shape[1]).where(chosen, weight.shape[1]).sort(dim=1).values.T[: int(count.max())]
     return steps.where(steps < weight.shape[1], -1)
+
+
+def length(sigmas: Tensor, window: range) -> Tensor:
+    """How far sigma falls over the steps of ``window``, ``()``."""
+    return wide(sigmas).diff()[window.start : window.stop].abs().sum()
 
 
 def rescaled(coefficient: Tensor, total: Tensor, strength: float) -> Tensor:

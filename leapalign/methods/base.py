@@ -40,8 +40,3 @@ def euler(sigmas: Tensor, index: Tensor) -> Tensor:
 def undiscounted(index: Tensor, coefficient: Tensor) -> SurrogatePlan:
     """A plan whose rows all have detached inputs; a negative ``index`` takes no part."""
     return SurrogatePlan(index.clamp(min=0), coefficient, torch.zeros(len(index), dtype=coefficient.dtype))
-
-
-def last_steps(num_steps: int, count: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """One step per sample ``(B,)``, uniform over the last ``count`` of ``num_steps`` (all, where there are fewer)."""
-    return torch.randint(max(0, num_steps - count), num_steps, (batch_size,), generator=generator)

@@ -11,20 +11,38 @@ import torch
 from torch import Tensor
 
 from leapalign.inputs.bounds import Steps
-from leapalign.methods.base import SurrogateMethod, euler
+from leapalign.methods.base import euler
+from leapalign.methods.draws import StepDraws
 from leapalign.surrogate import SurrogatePlan
 
 
 @dataclass(frozen=True)
-class DRaFTK(SurrogateMethod):
+class DRaFTK(StepDraws):
     """Euler coefficients and discount 1 on the last ``steps`` steps."""
 
     steps: Steps | None = 1
     """K; null: all steps of the sampler."""
 
-    def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_beside_a_range("steps")
+
+    def own_range(self, num_steps: int) -> range:
+        """The last K steps (all, where there are fewer)."""
+        return range(max(0, num_steps - (self.steps or num_steps)), num_steps)
+
+    def window(self, num_steps: int) -> range:
+        """As of other methods; raises ValueError where it stops before the image, too."""
+        window = super().window(num_steps)
+        if window.stop < num_steps:
+            raise ValueError(
+                f"draft_k goes back from the image, so index_range has to end with the last step, {num_steps - 1}"
+            )
+        return window
+
+    def draw_steps(self, window: range, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """``first (B,)``, the first step with gradient: nothing is random here."""
-        return {"first": torch.full((batch_size,), max(0, num_steps - (self.steps or num_steps)))}
+        return {"first": torch.full((batch_size,), window.start)}
 
     def plan(self, sigmas: Tensor, *, first: Tensor) -> SurrogatePlan:
         """Rows ``first .. T - 1``. Raises ValueError where ``first`` differs between samples."""

@@ -9,23 +9,27 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from leapalign.methods.base import SurrogateMethod, undiscounted, wide
+from leapalign.methods.base import undiscounted, wide
+from leapalign.methods.draws import StepDraws
 from leapalign.rollout import Rollout, sample_rollout
 from leapalign.surrogate import ConditionedVelocity, SurrogatePlan
 
 
 @dataclass(frozen=True)
-class DRaFTLV(SurrogateMethod):
+class DRaFTLV(StepDraws):
     """Gradient through the last step of the rollout and of ``copies`` re-noised ones, each rewarded by itself.
 
-    A copy is the generated latent with fresh noise, ``(1 - sigma) x_T + sigma noise`` at the last step's sigma.
+    A copy is the generated latent with fresh noise, ``(1 - sigma) x_T + sigma noise`` at the last step's sigma. All
+    images have the same step and each its own noise, whatever ``per_image`` says.
     """
 
     copies: Annotated[int, Field(ge=0, le=1000)] = 2
     """n of the paper."""
 
     def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """``noise_seed (copies, B)``."""
+        """``noise_seed (copies, B)``. Raises ValueError where the last step may not carry gradient."""
+        if num_steps - 1 not in self.window(num_steps):
+            raise ValueError(f"draft_lv differentiates the last step; let index_range end with it, {num_steps - 1}")
         return {"noise_seed": torch.randint(2**62, (self.copies, batch_size), generator=generator)}
 
     def trajectory(self, rollout: Rollout, velocity: ConditionedVelocity, **indices: Tensor) -> Rollout:

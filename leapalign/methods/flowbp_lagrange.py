@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from leap_kernels import consistency_weighted_loss
 from numpy.polynomial import Polynomial
+from pydantic import Field
 from torch import Tensor
 
 from leapalign.inputs.bounds import NonNegativeFloat, PositiveFloat, Steps
 from leapalign.methods.active_set import rescaled
-from leapalign.methods.base import SurrogateMethod, wide
-from leapalign.methods.leapalign import LeapAlign
+from leapalign.methods.base import wide
+from leapalign.methods.draws import StepDraws
+from leapalign.methods.leap_draws import dirichlet_starts
 from leapalign.rollout import Rollout, per_sample
 from leapalign.surrogate import SurrogatePlan
 
 
 @dataclass(frozen=True)
-class FlowBPLagrange(SurrogateMethod):
+class FlowBPLagrange(StepDraws):
     """LeapAlign whose leaps interpolate the velocities at nearly even ``supports``, of which the first carry gradient.
 
     A leap from a to b is ``x_a + sum_i c_i v_i`` with ``c_i`` the integral of the i-th Lagrange basis polynomial of
@@ -38,19 +41,25 @@ class FlowBPLagrange(SurrogateMethod):
     tau: PositiveFloat = 0.2
     """Floor of each distance in the consistency weight."""
     concentration: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (2.0, 6.0, 2.5)
-    """Dirichlet split of the steps into those before k, between k and j, and after j."""
+    """Dirichlet split of the steps into those up to k, from there up to j, and after j."""
+    longest_last_leap: Annotated[int, Field(ge=2, le=1000)] | None = None
+    """Most steps that the last leap may have: an earlier j moves there, and k by as many steps; null: any (FlowBP)."""
 
-    def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """``k < j``, each ``(B,)`` int64."""
-        draws = LeapAlign(draws="dirichlet", concentration=self.concentration)
-        return draws.draw(num_steps, batch_size, generator)
+    def draw_steps(self, window: range, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """``k < j``, each ``(B,)`` int64, at least two steps before the end where the window has three."""
+        k, j = window.start + dirichlet_starts(self.concentration, len(window), batch_size, generator)
+        if self.longest_last_leap is not None:
+            late = (window.stop - self.longest_last_leap - j).clamp(min=0)
+            k, j = k + late, j + late
+        return {"k": k, "j": j}
 
     def plan(self, sigmas: Tensor, *, k: Tensor, j: Tensor) -> SurrogatePlan:
         """The active supports of both leaps, discount alpha at j; a short leap's spare rows take no part."""
         level = wide(sigmas)
         leaps = [self._leap(level, k, j), self._leap(level, j, torch.full_like(j, len(level) - 1))]
         index = torch.cat([step[: self.active_supports] for step, _ in leaps])
-        coefficient = torch.cat([self._active(weight) for _, weight in leaps])
+        stop = self.window(len(level) - 1).stop
+        coefficient = torch.cat([self._active(weight, step < stop) for step, weight in leaps])
         discount = torch.zeros(len(index), dtype=level.dtype)
         discount[len(leaps[0][0][: self.active_supports])] = self.alpha
         return SurrogatePlan(index, coefficient, discount)
@@ -66,9 +75,11 @@ class FlowBPLagrange(SurrogateMethod):
         loss, weight = consistency_weighted_loss(reward, (distance_j, distance_end), threshold, self.tau)
         return loss, {"d_j": distance_j, "d_end": distance_end, "w": weight}
 
-    def _active(self, weight: Tensor) -> Tensor:
-        """Coefficients ``(active_supports, N)`` from a leap's weights ``(supports, N)``."""
-        active = rescaled(weight[: self.active_supports], weight.abs().sum(dim=0), self.rescale)
+    def _active(self, weight: Tensor, allowed: Tensor) -> Tensor:
+        """Coefficients ``(active_supports, N)`` from a leap's weights and where it may carry gradient, ``(supports,
+        N)``."""
+        active = (weight * allowed)[: self.active_supports]
+        active = rescaled(active, weight.abs().sum(dim=0), self.rescale)
         return torch.cat([active[:1], self.support_scale * active[1:]])
 
     def _distance(self, rollout: Rollout, start: Tensor, end: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from leapalign.inputs.bounds import NonNegativeFloat, Steps
-from leapalign.methods.active_set import draw_without_replacement, rescaled
-from leapalign.methods.base import SurrogateMethod, euler, undiscounted, wide
+from leapalign.methods.active_set import draw_without_replacement, length, rescaled
+from leapalign.methods.base import euler, undiscounted
+from leapalign.methods.draws import StepDraws
 from leapalign.surrogate import SurrogatePlan
 
 
 @dataclass(frozen=True)
-class FlowBPSparse(SurrogateMethod):
+class FlowBPSparse(StepDraws):
     """``active_steps`` Euler steps, drawn without replacement."""
 
     active_steps: Steps = 3
@@ -24,13 +25,13 @@ class FlowBPSparse(SurrogateMethod):
     rescale: NonNegativeFloat = 1.0
     """rho of the paper: how far coefficients grow to make up for the steps left out."""
 
-    def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw_steps(self, window: range, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """``active (K, B)``, ascending."""
-        weight = torch.arange(1, num_steps + 1).double().pow(self.late_bias).expand(batch_size, -1)
-        count = torch.full((batch_size,), min(self.active_steps, num_steps))
-        return {"active": draw_without_replacement(weight, count, generator)}
+        weight = torch.arange(window.start + 1, window.stop + 1).double().pow(self.late_bias).expand(batch_size, -1)
+        count = torch.full((batch_size,), min(self.active_steps, len(window)))
+        return {"active": window.start + draw_without_replacement(weight, count, generator)}
 
     def plan(self, sigmas: Tensor, *, active: Tensor) -> SurrogatePlan:
-        """Euler coefficients, rescaled against those of all steps."""
-        total = wide(sigmas).diff().abs().sum()
+        """Euler coefficients, rescaled against those of all steps that may carry gradient."""
+        total = length(sigmas, self.window(len(sigmas) - 1))
         return undiscounted(active, rescaled(euler(sigmas, active), total, self.rescale))

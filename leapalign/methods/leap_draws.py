@@ -32,6 +32,24 @@ def uniform_starts(num_steps: int, leaps: int, batch_size: int, generator: torch
     return order[:, :leaps].sort(dim=1).values.T
 
 
+def dirichlet_starts(
+    concentration: tuple[float, ...], num_steps: int, batch_size: int, generator: torch.Generator
+) -> Tensor:
+    """The last step of each part but the last, ``(parts - 1, B)`` int64: so the last leap has two steps at least.
+
+    A part has its Dirichlet share of the steps, rounded, and at least one; what rounding leaves over or takes too much
+    goes to the largest share, and what the least of one takes, to the longest part. Raises ValueError where there are
+    fewer steps than leaps.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    shares = torch.from_numpy(np.random.default_rng(seed).dirichlet(concentration, size=batch_size))
+    lengths = (shares * num_steps).round().long()
+    lengths.scatter_add_(1, shares.argmax(dim=1, keepdim=True), num_steps - lengths.sum(dim=1, keepdim=True))
+    lengths.clamp_(min=1)
+    lengths.scatter_add_(1, lengths.argmax(dim=1, keepdim=True), num_steps - lengths.sum(dim=1, keepdim=True))
+    return _apart(lengths.cumsum(dim=1)[:, :-1].T - 1, num_steps)
+
+
 def uniform(options: LeapOptions, num_steps: int, batch_size: int, generator: torch.Generator) -> Tensor:
     """Distinct steps, every set equally likely (LeapAlign)."""
     return uniform_starts(num_steps, options.leaps, batch_size, generator)
@@ -57,15 +75,13 @@ def midpoint(options: LeapOptions, num_steps: int, batch_size: int, generator: t
 
 
 def dirichlet(options: LeapOptions, num_steps: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """The steps split by Dirichlet shares; each part but the first begins with a start (FlowBP)."""
+    """The steps split by Dirichlet shares; each part but the last ends with a start (FlowBP)."""
     if len(options.concentration) != options.leaps + 1:
         raise ValueError(
             f"{options.leaps} leaps split the steps into {options.leaps + 1} parts, "
             f"but concentration has {len(options.concentration)} entries"
         )
-    seed = int(torch.randint(2**62, (), generator=generator))
-    shares = np.random.default_rng(seed).dirichlet(options.concentration, size=batch_size)
-    return _apart(torch.from_numpy(shares.cumsum(axis=1)[:, :-1].T * num_steps).long(), num_steps)
+    return dirichlet_starts(options.concentration, num_steps, batch_size, generator)
 
 
 def _apart(starts: Tensor, num_steps: int) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from leap_kernels import consistency_weighted_loss, leap_distances
 from torch import Tensor
 
-from leapalign.inputs.bounds import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from leapalign.methods.base import SurrogateMethod, wide
+from leapalign.inputs.bounds import NonNegativeFloat, PositiveFloat, PositiveInt
+from leapalign.methods.base import wide
+from leapalign.methods.draws import StepDraws
 from leapalign.methods.leap_draws import STRATEGIES
 from leapalign.rollout import Rollout
 from leapalign.surrogate import SurrogatePlan
@@ -22,7 +23,7 @@ WEIGHED = {"all": slice(None), "connectors": slice(0, -1), "end": slice(-1, None
 
 
 @dataclass(frozen=True)
-class LeapAlign(SurrogateMethod):
+class LeapAlign(StepDraws):
     """``x_k -leap-> x_j -leap-> image`` with ``k < j`` drawn per image (and a third leap from ``m``, or one only).
 
     Raises ValueError for options that do not go together.
@@ -36,35 +37,26 @@ class LeapAlign(SurrogateMethod):
     """Two in the paper; its ablation finds one worse and three no better."""
     max_ratio: NonNegativeFloat | None = None
     """Discounts shrink, image by image, until nested terms are at most so many times the direct; null: the paper."""
-    index_range: tuple[NonNegativeInt, NonNegativeInt] | None = None
-    """First and last step that leaps may start from; null: the whole trajectory, as in the paper."""
     draws: Literal["uniform", "fixed_gap", "midpoint", "dirichlet"] = "uniform"
     """How starts are drawn, see `leapalign.methods.leap_draws`; uniform in the paper."""
     gap: PositiveInt = 5
     """Steps between starts, for ``fixed_gap``."""
     concentration: tuple[PositiveFloat, ...] = (2.0, 6.0, 2.5)
     """Of the parts before, between and after the starts, for ``dirichlet``; FlowBP's values."""
-    per_image: bool = True
-    """Whether every image has its own starts, or an iteration one set for all."""
     weigh_by: Literal["all", "connectors", "end", "none"] = "all"
     """Distances in the consistency weight: to all targets (the paper), the connectors' only, the image only, none."""
     reward_on: Literal["image", "posterior_mean"] = "image"
     """The generated image (the paper), or what the last leap predicts of it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.leaps == 1 and self.weigh_by == "connectors":
             raise ValueError("one leap has no connector to weigh by; set weigh_by to 'end' or leaps to 2")
 
-    def draw(self, num_steps: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """``k < j`` (or ``k``, or ``k < j < m``), each ``(B,)`` int64.
-
-        Raises ValueError where the steps do not suffice, or the index range is not one.
-        """
-        first, last = self.index_range or (0, num_steps - 1)
-        if not first <= last < num_steps:
-            raise ValueError(f"index_range [{first}, {last}] is not a range of the steps 0 to {num_steps - 1}")
-        drawn = STRATEGIES[self.draws](self, last - first + 1, batch_size if self.per_image else 1, generator)
-        starts = first + drawn.expand(self.leaps, batch_size)
+    def draw_steps(self, window: range, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """``k < j`` (or ``k``, or ``k < j < m``), each ``(B,)`` int64. Raises ValueError where the steps do not
+        suffice."""
+        starts = window.start + STRATEGIES[self.draws](self, len(window), batch_size, generator)
         return dict(zip(STARTS, starts, strict=False))
 
     def plan(self, sigmas: Tensor, *, k: Tensor, j: Tensor | None = None, m: Tensor | None = None) -> SurrogatePlan:

@@ -12,6 +12,7 @@ from worlds import conditioned_world, relative_difference
 
 from benchmarks.tables import filled
 from leapalign.config import load_config
+from leapalign.config.profiles import profiles
 from leapalign.methods import METHODS, get_method
 from leapalign.surrogate import surrogate_backward
 from leapalign.trainer import Trainer
@@ -73,6 +74,20 @@ def test_every_method_has_a_line_with_its_defaults() -> None:
         ("flowbp_lagrange", "support_scale", "{} after the start"),
     ):
         assert said.format(getattr(get_method(name), option)) in rows[name]
+
+
+def test_every_difference_to_what_is_published_has_its_test() -> None:
+    (table,) = re.findall(r"^\| option \| paper .*\n\| --- .*\n((?:\|.*\n)+)", TEXT, flags=re.M)
+    named = re.findall(r"`(test_\w+)` \|$", table, flags=re.M)
+    assert len(named) == len(table.splitlines())
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+def test_every_recipe_is_listed() -> None:
+    assert set(re.findall(r"^\| `(recipes/\S+)`", TEXT, flags=re.M)) == {
+        n for n in profiles() if n.startswith("recipes/")
+    }
 
 
 def test_metrics_of_the_page_are_those_of_a_run(tmp_path: Path) -> None:

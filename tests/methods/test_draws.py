@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -111,16 +113,59 @@ def test_midpoint_is_half_way_to_the_end() -> None:
     assert torch.equal(drawn["j"], (drawn["k"] + STEPS) // 2)
 
 
-def test_dirichlet_means_follow_the_concentration() -> None:
-    drawn = draw("leapalign", draws="dirichlet")
-    # 2, 6 and 2.5 parts of 25 steps, each cut down to whole steps.
-    assert float(drawn["k"].double().mean()) == pytest.approx(25 * 2 / 10.5 - 0.5, abs=0.25)
-    assert float(drawn["j"].double().mean()) == pytest.approx(25 * 8 / 10.5 - 0.5, abs=0.25)
+def flowbp_starts(gammas: Sequence[float], steps: int, cap: int | None = None) -> tuple[int, int]:
+    """FlowBP's rule for one draw: steps counted from the image, A up to j, B from there to k, C beyond."""
+    shares = [one / sum(gammas) for one in gammas]
+    lengths = [round(share * steps) for share in shares]
+    lengths[shares.index(max(shares))] += steps - sum(lengths)
+    lengths = [max(1, length) for length in lengths]
+    lengths[lengths.index(max(lengths))] += steps - sum(lengths)
+    a, b, _ = lengths
+    if cap is not None:
+        a = min(a, cap - 1)
+    return steps - (a + b + 1), steps - (a + 1)
 
 
-def test_one_draw_for_a_rollout_or_one_for_each_image() -> None:
-    assert len(draw("leapalign", per_image=False)["k"].unique()) == 1
-    assert len(draw("leapalign", per_image=True)["k"].unique()) == 24
+@pytest.mark.parametrize("cap", [None, 10])
+def test_lagrange_draws_as_flowbp_does(cap: int | None) -> None:
+    """Every k, j and gap as often as by the rule written out, with gamma variables of its own."""
+    gammas = np.random.default_rng(1).gamma((2.5, 6.0, 2.0), size=(20_000, 3)).tolist()
+    k, j = torch.tensor([flowbp_starts(one, STEPS, cap) for one in gammas]).T
+    drawn = draw("flowbp_lagrange", count=20_000, longest_last_leap=cap)
+    for expected, seen in ((k, drawn["k"]), (j, drawn["j"]), (j - k, drawn["j"] - drawn["k"])):
+        p, q = (torch.bincount(one, minlength=STEPS) / 20_000 for one in (expected, seen))
+        assert bool(((p - q).abs() <= 5 * (2 * p.clamp(min=1e-4) / 20_000) ** 0.5).all())
+
+
+def test_how_often_lagrange_starts_from_noise_and_from_the_last_step() -> None:
+    """k = 0 where k's share, Beta(2, 8.5), rounds to one step or none: 1 - .94^8.5 (1 + 8.5 * .06) = 10.76 %.
+
+    With cumulative shares cut down instead, as here before, it is 1 - .96^8.5 (1 + 8.5 * .04) = 5.29 %, and j the last
+    step in 1.7 %.
+    """
+    cut = torch.from_numpy(
+        np.random.default_rng(1).dirichlet((2.0, 6.0, 2.5), size=100_000).cumsum(axis=1) * STEPS
+    ).long()
+    assert float((cut[:, 0] == 0).double().mean()) == pytest.approx(0.0529, abs=0.004)
+    assert float((cut[:, 1] == STEPS - 1).double().mean()) == pytest.approx(0.017, abs=0.002)
+    drawn = draw("flowbp_lagrange", count=100_000)
+    assert float((drawn["k"] == 0).double().mean()) == pytest.approx(0.1076, abs=0.005)
+    assert int(drawn["j"].max()) == STEPS - 2
+
+
+def test_the_longest_last_leap_moves_both_starts() -> None:
+    free, capped = (draw("flowbp_lagrange", count=20_000, longest_last_leap=cap) for cap in (None, 10))
+    assert torch.equal(capped["j"], free["j"].clamp(min=15))
+    assert torch.equal(capped["j"] - capped["k"], free["j"] - free["k"])
+    assert float((free["j"] < 15).double().mean()) == pytest.approx(0.14, abs=0.01)
+
+
+@pytest.mark.parametrize("leaps", [1, 2, 3])
+def test_dirichlet_means_follow_the_concentration(leaps: int) -> None:
+    drawn = draw("leapalign", draws="dirichlet", leaps=leaps, concentration=(6.0,) * (leaps + 1))
+    for number, starts in enumerate(drawn.values(), start=1):
+        # The last step of so many equal parts.
+        assert float(starts.double().mean()) == pytest.approx(STEPS * number / (leaps + 1) - 1, abs=0.25)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +190,7 @@ def test_what_cannot_be_drawn_is_said(name: str, options: dict[str, Any], messag
         ("leapalign", {"leaps": 1, "weigh_by": "connectors"}, "no connector"),
         ("leapalign", {"draws": "unifrom"}, "draws"),
         ("flowbp_bridge", {"active_steps": 1}, "greater than or equal to 2"),
+        ("flowbp_lagrange", {"longest_last_leap": 1}, "greater than or equal to 2"),
         ("draft_k", {"steps": 0}, "steps"),
     ],
 )

@@ -6,6 +6,7 @@ surrogate trajectory, whose autograd graph holds everything the method different
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -101,15 +102,23 @@ def shrunk(image: Image, steps: list[int], options: dict[str, Any]) -> list[floa
     return alphas
 
 
-def grown(image: Image, active: list[int], rho: float) -> float:
-    """FlowBP's factor on the gradient of the active steps, for those left out."""
-    lengths = [float(image.sigmas[step] - image.sigmas[step + 1]) for step in range(image.steps)]
-    return 1 + rho * (sum(lengths) / sum(lengths[step] for step in active) - 1)
+def allowed(image: Image, options: dict[str, Any]) -> range:
+    """The steps that may carry gradient."""
+    if "tail_ratio" in options:
+        return range(image.steps - math.ceil(options["tail_ratio"] * image.steps), image.steps)
+    first, last = options.get("index_range", (0, image.steps - 1))
+    return range(first, last + 1)
+
+
+def grown(image: Image, active: list[int], options: dict[str, Any]) -> float:
+    """FlowBP's factor on the gradient of the active steps, for those left out of the allowed ones."""
+    lengths = {step: float(image.sigmas[step] - image.sigmas[step + 1]) for step in allowed(image, options)}
+    return 1 + options.get("rescale", 1.0) * (sum(lengths.values()) / sum(lengths[step] for step in active) - 1)
 
 
 def flowbp_sparse(image: Image, options: dict[str, Any], active: Tensor) -> Tensor:
     chosen, x = active.tolist(), image.x[0]
-    factor = grown(image, chosen, options.get("rescale", 1.0))
+    factor = grown(image, chosen, options)
     for step in range(image.steps):
         velocity = scaled(image.v(x.detach(), step), factor) if step in chosen else image.cached[step]
         x = x + (image.sigmas[step + 1] - image.sigmas[step]) * velocity
@@ -118,7 +127,7 @@ def flowbp_sparse(image: Image, options: dict[str, Any], active: Tensor) -> Tens
 
 def flowbp_bridge(image: Image, options: dict[str, Any], j: Tensor, before: Tensor, after: Tensor) -> Tensor:
     chosen = [step for step in [*before.tolist(), int(j), *after.tolist()] if step >= 0]
-    factor = grown(image, chosen, options.get("rescale", 1.0))
+    factor = grown(image, chosen, options)
     x = image.x[0]
     for step in range(image.steps):
         if step == int(j):
@@ -141,11 +150,12 @@ def flowbp_lagrange(image: Image, options: dict[str, Any], k: Tensor, j: Tensor)
             places = torch.linspace(0, len(supports) - 1, count).round().long()
             supports = [supports[int(place)] for place in places]
         weights = quadrature(image.sigmas, supports, start, end)
-        factor = 1 + options.get("rescale", 0.5) * float(weights.abs().sum() / weights[:active].abs().sum() - 1)
+        carrying = [number for number, step in enumerate(supports[:active]) if step in allowed(image, options)]
+        factor = 1 + options.get("rescale", 0.5) * float(weights.abs().sum() / weights[carrying].abs().sum() - 1)
         inputs = scaled(x, options.get("alpha", 0.1)) if start == int(j) else x
         total = x
         for number, (step, weight) in enumerate(zip(supports, weights, strict=True)):
-            if number >= active:
+            if number not in carrying:
                 velocity = image.cached[step]
             elif number == 0:
                 velocity = scaled(image.v(inputs, step), factor)
