@@ -70,6 +70,8 @@ RESUMED: dict[str, str] = {
     "samples.every": MAY_CHANGE,
     "samples.count": MAY_CHANGE,
     "evaluate.rewards": MAY_CHANGE,
+    "evaluate.num_steps": MAY_CHANGE,
+    "evaluate.guidance": MAY_CHANGE,
     "watch.every": MAY_CHANGE,
     "watch.prompts": UNLESS_WATCHED,
     "watch.seeds": UNLESS_WATCHED,

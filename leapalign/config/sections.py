@@ -159,6 +159,11 @@ class SamplesConfig:
 class EvaluateConfig:
     rewards: tuple[dict[str, Any], ...] = ()
     """What ``leapalign evaluate`` scores with, each with its ``name`` and own options; empty: what is trained on."""
+    num_steps: Steps | None = None
+    """Euler steps of the images that ``leapalign evaluate`` and ``generate`` make; null: ``rollout.num_steps``."""
+    guidance: NonNegativeFloat | None = None
+    """Their guidance scale: ``model.guidance`` where the model takes it as an input (FLUX.1-dev, FLUX.2-dev), else
+    ``model.true_cfg_scale``; null: the model's. Training, sample grids, watch and probe keep the rollout's."""
 
 
 @dataclass(frozen=True)
