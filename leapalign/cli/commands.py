@@ -115,11 +115,13 @@ def _config(paths: list[Path] | None, run: Path | None, overrides: list[str]) ->
 def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.evaluation.generate import image_batches, sampling_model
     from leapalign.evaluation.image_folder import save_images
+    from leapalign.evaluation.sampling import as_evaluated, in_words
     from leapalign.prompts.embeddings import embeddings_to_sample
     from leapalign.prompts.geneval import prepare_folders, read_metadata
 
     run, step = _run_and_step(arguments)
     config, file, prompts = _config_and_prompts(arguments, run, overrides, arguments.prompt)
+    config = as_evaluated(config)
     weights = _run_weights(run, step, arguments.weights)
     model = sampling_model(config, weights)
     embeddings = embeddings_to_sample(config, prompts)
@@ -129,12 +131,13 @@ def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     files = files or [arguments.output / f"{number:05d}.png" for number in range(len(prompts))]
     batches = image_batches(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
     save_images(batches, prompts, files, arguments.output)
-    print(f"{len(prompts)} images in {arguments.output}")
+    print(f"{len(prompts)} images in {arguments.output}; {in_words(config)}")
 
 
 def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.evaluation.evaluate import BASE, RUN, evaluate, evaluation_rewards, figures, summary
     from leapalign.evaluation.page import EvaluationPage
+    from leapalign.evaluation.sampling import as_evaluated, in_words, sampled_with
     from leapalign.inputs.prompt_limits import warn_of_cut
     from leapalign.prompts.embeddings import embeddings_to_sample
     from leapalign.reports.pages import text_table
@@ -142,6 +145,7 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     page = EvaluationPage(arguments.page) if arguments.page else None
     run, step = _run_and_step(arguments)
     config, _, prompts = _config_and_prompts(arguments, run, overrides, [])
+    config = as_evaluated(config)
     weights = _run_weights(run, step, arguments.weights)
     arms = {BASE: None, RUN: weights} if weights else {BASE: None}
     rewards = evaluation_rewards(config)
@@ -149,12 +153,12 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     embeddings = embeddings_to_sample(config, prompts)
     scores = evaluate(config, arms, rewards, prompts, embeddings, arguments.seed, page.keep if page else None)
     found = summary(scores)
-    print(text_table(*figures(found)))
+    print(f"{text_table(*figures(found))}\n\n{len(prompts)} images, {in_words(config)}")
     if page:
-        print(page.write(prompts, scores))
+        print(page.write(prompts, scores, in_words(config)))
     if arguments.json:
         intervals = {name: {arm: one.to_json() for arm, one in of.items()} for name, of in found.items()}
-        print(json.dumps({"images": len(prompts), "rewards": intervals}))
+        print(json.dumps({"images": len(prompts), **sampled_with(config), "rewards": intervals}))
 
 
 def probe_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -215,6 +219,7 @@ def _run_weights(run: Path | None, step: int | None, name: str) -> Path | None:
 
 def cache_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.config import load_config
+    from leapalign.evaluation.sampling import as_evaluated
     from leapalign.memory.placement import training_device
     from leapalign.prompts.filling import fill_cache
     from leapalign.storage.embedded import resolve
@@ -222,7 +227,9 @@ def cache_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
     path = Path(arguments.prompts or resolve(config.prompts.path))
     folder = Path(arguments.output or config.prompts.cache or PROMPT_CACHE)
-    result = fill_cache(folder, config.model, path, training_device())
+    # With the negative prompt where either training or evaluation asks for it.
+    model = next((one.model for one in (config, as_evaluated(config)) if one.model.true_cfg_scale != 1), config.model)
+    result = fill_cache(folder, model, path, training_device())
     print("{encoded} prompts encoded, {reused} reused, in {seconds:.1f} s".format(**result))
     print(f"{result['bytes'] / 2**20:,.1f} MiB in {folder}; train with prompts.cache={folder}")
     if arguments.json:

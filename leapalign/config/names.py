@@ -92,7 +92,6 @@ INSTEAD: Mapping[str, str] = {
     "log_with": _FIGURES,
     "logging_dir": _FIGURES,
     "logging_steps": "every iteration is logged",
-    "lora_alpha": "adapters are not scaled here; set model.lora_rank alone",
     "num_epochs": _LENGTH,
     "num_train_epochs": _LENGTH,
     "push_to_hub": _UPLOAD,

@@ -15,7 +15,7 @@ UNLESS_WATCHED = "the watch compares with what it measured before"
 """Decided where a watched run is resumed; without a watch it may change."""
 _NOISE = "every image's noise, prompt and leaps follow from it"
 _SIZE = "noise, samples and their comparison are of one size"
-_ADAPTER = "checkpoints hold the adapters of these layers"
+_ADAPTER = "checkpoints hold the adapters of these layers, rank and alpha"
 PROMPTS_DIGEST = "prompts.sha256"
 """Stands beside the keys: of the prompts themselves, in their order, wherever their file lies."""
 
@@ -31,6 +31,8 @@ RESUMED: dict[str, str] = {
     "model.true_cfg_batched": MAY_CHANGE,
     "model.compile": MAY_CHANGE,
     "model.lora_rank": _ADAPTER,
+    "model.lora_alpha": _ADAPTER,
+    "model.lora_path": _ADAPTER,
     "model.lora_targets": _ADAPTER,
     "model.height": _SIZE,
     "model.width": _SIZE,
@@ -74,6 +76,8 @@ RESUMED: dict[str, str] = {
     "samples.every": MAY_CHANGE,
     "samples.count": MAY_CHANGE,
     "evaluate.rewards": MAY_CHANGE,
+    "evaluate.num_steps": MAY_CHANGE,
+    "evaluate.guidance": MAY_CHANGE,
     "watch.every": MAY_CHANGE,
     "watch.prompts": UNLESS_WATCHED,
     "watch.seeds": UNLESS_WATCHED,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from leapalign.config.measuring import DiagnosticsConfig, EvaluateConfig, SamplesConfig, WatchConfig
 from leapalign.inputs.bounds import (
     Decay,
     FiniteFloat,
@@ -39,13 +40,23 @@ class ModelConfig:
     compile: bool = False
     """Compile the transformer's repeated blocks: minutes at first, faster afterwards."""
     lora_rank: Annotated[int, Field(ge=0, le=2**14)] = 0
-    """Trains adapters of this rank beside frozen weights; 0: all weights are trained."""
+    """Trains adapters of this rank beside frozen weights; 0: that of ``lora_path``, without which all weights are
+    trained."""
+    lora_alpha: PositiveFloat | None = None
+    """Adapters are scaled by ``lora_alpha / lora_rank``; null: by 1, or as ``lora_path`` says."""
+    lora_path: PathText | None = None
+    """Adapters to start from, which say rank, alpha and layers: folder or hub id in diffusers' or PEFT's layout."""
     lora_targets: tuple[str, ...] = ()
     """How the names of adapted linear layers end; empty: all in the blocks but for modulation."""
     height: Pixels = 64
     """Of images, in pixels."""
     width: Pixels = 64
     """Of images, in pixels."""
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained, and not all weights."""
+        return bool(self.lora_rank or self.lora_path)
 
 
 @dataclass(frozen=True)
@@ -140,53 +151,11 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
-class DiagnosticsConfig:
-    true_gradient_every: NonNegativeInt = 0
-    """Iterations between comparisons with exact backpropagation through the whole sampler (as slow as T steps, and
-    two more copies of the gradient); 0: never."""
-
-
-@dataclass(frozen=True)
 class CheckpointConfig:
     every: PositiveInt = 100
     """Iterations between checkpoints; the last iteration is always saved."""
     keep: PositiveInt = 3
     """So many checkpoints stay; older ones but the best are deleted once the new one is on the disk."""
-
-
-@dataclass(frozen=True)
-class SamplesConfig:
-    every: NonNegativeInt = 50
-    """Iterations between sample grids (same prompts and seeds every time), the first before training and one after
-    the last iteration; 0: none."""
-    count: Images = 24
-    """Images in a grid."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    rewards: tuple[dict[str, Any], ...] = ()
-    """What ``leapalign evaluate`` scores with, each with its ``name`` and own options; empty: what is trained on."""
-
-
-@dataclass(frozen=True)
-class WatchConfig:
-    every: NonNegativeInt = 0
-    """Iterations between measurements on held-out prompts, see docs/watch.md; 0: never."""
-    prompts: PathText | None = None
-    """File of the held-out prompts, such as ``prompts.path`` takes."""
-    seeds: Annotated[int, Field(ge=2)] = 2
-    """Images of each held-out prompt."""
-    rewards: tuple[dict[str, Any], ...] = ()
-    """Scored beside what is trained on, each with its ``name`` and own options."""
-    stop_when: tuple[str, ...] = ()
-    """Rules that end the run, such as ``diversity < 0.5 base``, ``held_out_imagereward < base - 0.2`` or
-    ``saturation > 0.2``; ``base`` is the value before training."""
-
-    @property
-    def best_by(self) -> str:
-        """The metric that is highest at the best checkpoint: of a reward not trained on, where there is one."""
-        return f"held_out_{self.rewards[0]['name']}" if self.rewards else "held_out_reward"
 
 
 @dataclass(frozen=True)
@@ -226,6 +195,8 @@ class Config:
                 f"{self.rollout.batch_size}"
             )
         self._check_memory()
+        if self.model.lora_alpha is not None and not self.model.adapted:
+            raise ValueError("model.lora_alpha scales adapters; set model.lora_rank, too")
         for section, values in (("method", [self.method]), ("reward", self.rewards)):
             if not values or any("name" not in one for one in values):
                 raise ValueError(f"'{section}.name' is missing; add it")
@@ -265,9 +236,9 @@ class Config:
                 "diagnostics.true_gradient_every needs gradients on the device; set it to 0, or memory.optimizer to "
                 "device"
             )
-        if memory.optimizer == "host" and self.model.lora_rank:
+        if memory.optimizer == "host" and self.model.adapted:
             raise ValueError("adapters are small enough for the device; set memory.optimizer to device")
-        if memory.weights == "streamed" and memory.optimizer == "device" and not self.model.lora_rank:
+        if memory.weights == "streamed" and memory.optimizer == "device" and not self.model.adapted:
             raise ValueError("memory.weights streamed needs memory.optimizer host, where the weights live; set it")
         if memory.weights == "streamed" and self.model.compile:
             raise ValueError("compiled blocks cannot be streamed; set model.compile to false")

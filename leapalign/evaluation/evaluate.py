@@ -47,8 +47,10 @@ def evaluate(
 ) -> Scores:
     """Scores one image a prompt, image i from seed ``seed + i``, by each of ``arms``.
 
-    arms: name and folder of weights, None for the base's. ``embeddings[i]`` belongs to ``prompts[i]``. One model is in
-    memory at a time, and ``rollout.batch_size`` images. Raises UserError for weights of another model.
+    config: samples with the rollout's steps and guidance; `leapalign.evaluation.sampling.as_evaluated` puts those of
+    ``evaluate.*`` there. arms: name and folder of weights, None for the base's. ``embeddings[i]`` belongs to
+    ``prompts[i]``. One model is in memory at a time, and ``rollout.batch_size`` images. Raises UserError for weights of
+    another model.
     """
     scores: Scores = {}
     # The run's first, so that wrong weights are found before the base's images are made.

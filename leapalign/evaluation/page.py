@@ -32,9 +32,9 @@ class EvaluationPage:
             path.parent.mkdir(parents=True, exist_ok=True)
             to_picture(picture, picture.shape[-1]).save(path)
 
-    def write(self, prompts: Sequence[str], scores: Scores) -> Path:
-        """Writes and returns ``index.html``; the images must have been kept before."""
-        note = f"{len(prompts)} images, the same prompts and noise in every column."
+    def write(self, prompts: Sequence[str], scores: Scores, sampling: str) -> Path:
+        """Writes and returns ``index.html``; the images must have been kept before, sampled as ``sampling`` says."""
+        note = f"{len(prompts)} images, {sampling}; the same prompts and noise in every column."
         if RUN in scores:
             note += " Difference: run minus base, image by image."
         shown = prompts[:SHOWN]

@@ -16,9 +16,9 @@ from leapalign.export.base import CARD, INDEX, TRANSFORMER, base_folder, licence
 from leapalign.export.model_card import Export, in_comfyui, model_card
 from leapalign.export.original_layout import comfyui_adapter, layout_of, original_weights
 from leapalign.inputs.validation import UserError
+from leapalign.models.adapter_files import FILE as ADAPTER_FILE
+from leapalign.models.adapter_files import read_adapter
 from leapalign.models.folder import linear_widths
-from leapalign.models.lora import FILE as ADAPTER_FILE
-from leapalign.models.lora import read_matrices
 from leapalign.models.weights import read_weights
 from leapalign.runs.checkpoint import run_weights
 from leapalign.storage.durable import require_space, writing
@@ -52,8 +52,8 @@ def export(run: Path, config: Config, output: Path, weights: str, layout: str, s
     if output.exists():
         raise UserError(f"'{output}' already exists; choose another --output")
     source = run_weights(run, weights, step)
-    adapter = (source / ADAPTER_FILE).exists()
-    contents_of, sentence = _way(layout, adapter)
+    adapter = read_adapter(source) if (source / ADAPTER_FILE).exists() else None
+    contents_of, sentence = _way(layout, adapter is not None)
     base = base_folder(config.model.path, whole=contents_of is _model)
     contents = contents_of(source, base)
     iterations = int(json.loads((source.parent / "state.json").read_text())["iteration"])
@@ -108,7 +108,7 @@ def _adapter(source: Path, base: Path) -> _Contents:
 
 
 def _comfyui_adapter(source: Path, base: Path) -> _Contents:
-    matrices = comfyui_adapter(layout_of(base), read_matrices(source), linear_widths(str(base)))
+    matrices = comfyui_adapter(layout_of(base), read_adapter(source), linear_widths(str(base)))
     return _Contents(tensors=lambda: matrices, tensor_bytes=sum(matrix.nbytes for matrix in matrices.values()))
 
 

@@ -12,6 +12,7 @@ from huggingface_hub.repocard import metadata_load
 
 from leapalign.config import Config
 from leapalign.export.base import CARD, TRANSFORMER
+from leapalign.models.adapter_files import Adapter
 from leapalign.models.folder import read_index
 from leapalign.optimizers.weight_average import base_share
 
@@ -34,7 +35,7 @@ class Export:
     weights: str
     """One of `leapalign.runs.checkpoint.WEIGHTS`."""
     layout: str
-    adapter: bool
+    adapter: Adapter | None
     file: str
     """The name of the weights' file, where they are in one of the original layout."""
 
@@ -83,7 +84,9 @@ def licence_of(base: Path) -> dict[str, Any]:
 def _trained(export: Export) -> str:
     config = export.config
     what = (
-        f"Adapters of rank {config.model.lora_rank} beside" if export.adapter else "All weights of the transformer of"
+        f"Adapters of rank {export.adapter.rank} and alpha {export.adapter.alpha:g} beside"
+        if export.adapter
+        else "All weights of the transformer of"
     )
     method, options = config.method["name"], _listed({k: v for k, v in config.method.items() if k != "name"})
     rows = {
@@ -120,7 +123,8 @@ def _use(export: Export) -> str:
     """What loads the weights, with ``.`` for the folder of the card."""
     name = base_name(export)
     if export.layout == "comfyui":
-        return f"`{export.file}` is for ComfyUI: {in_comfyui(export.adapter)}, with text encoders and VAE of `{name}`."
+        place = in_comfyui(export.adapter is not None)
+        return f"`{export.file}` is for ComfyUI: {place}, with text encoders and VAE of `{name}`."
     index = read_index(str(export.base))
     dtype = f"torch_dtype=torch.{export.config.model.dtype}"
     imports = ["DiffusionPipeline"]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from leapalign.export.layouts import LAYOUTS, Layout
 from leapalign.inputs.validation import UserError
+from leapalign.models.adapter_files import Adapter
 from leapalign.models.folder import read_index
 
 _NORMS = ("query_norm", "key_norm")
@@ -55,25 +56,28 @@ def original_weights(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str,
     return result
 
 
-def comfyui_adapter(layout: Layout, adapter: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
+def comfyui_adapter(layout: Layout, adapter: Adapter, widths: Mapping[str, int]) -> dict[str, Tensor]:
     """An adapter by diffusers' names as ComfyUI's ``diffusion_model.<original module>.lora_A.weight`` and ``lora_B``.
 
-    adapter: ``<module>.lora_A.weight (rank, in)`` and ``<module>.lora_B.weight (out, rank)``, of scale 1.
     widths: ``out`` of every linear module of the transformer, adapted or not.
 
     A module that is several in diffusers has the sum of their ranks: A's one below the other, B block-diagonal, with
-    rows of zeros for parts without adapter. Raises UserError for a module that ``layout`` does not have.
+    rows of zeros for parts without adapter. Where alpha is not the rank, each module has an ``alpha ()`` that keeps its
+    scale: ComfyUI divides it by the sum. Raises UserError for a module that ``layout`` does not have.
     """
     filled = _Filled(layout, widths)
     known = {part for parts in filled.modules.values() for part in parts}
-    _refuse({name.removesuffix(f".{_DOWN}") for name in adapter if name.endswith(_DOWN)} - known)
+    matrices = adapter.matrices
+    _refuse(set(adapter.modules) - known)
     result = {}
     for original, parts in filled.modules.items():
-        downs = [adapter[f"{part}.{_DOWN}"] for part in parts if f"{part}.{_DOWN}" in adapter]
+        downs = [matrices[f"{part}.{_DOWN}"] for part in parts if f"{part}.{_DOWN}" in matrices]
         if downs:
-            ups = [adapter.get(f"{part}.{_UP}", downs[0].new_zeros(widths[part], 0)) for part in parts]
+            ups = [matrices.get(f"{part}.{_UP}", downs[0].new_zeros(widths[part], 0)) for part in parts]
             result[f"{COMFYUI_PREFIX}{original}.{_DOWN}"] = torch.cat(downs)
             result[f"{COMFYUI_PREFIX}{original}.{_UP}"] = filled.rows(original, [torch.block_diag(*ups)])
+            if adapter.alpha != adapter.rank:
+                result[f"{COMFYUI_PREFIX}{original}.alpha"] = torch.tensor(adapter.alpha * len(downs))
     return result
 
 

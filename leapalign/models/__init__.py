@@ -16,7 +16,7 @@ from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.flux import FluxModel
 from leapalign.models.flux2 import Flux2DevModel, Flux2KleinModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
-from leapalign.models.lora import add_adapter
+from leapalign.models.lora import add_adapter, planned_adapter, start_adapter
 from leapalign.models.protocol import Family, FlowModel
 from leapalign.models.qwen_image import QwenImageModel
 from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
@@ -46,8 +46,10 @@ def load_model(config: ModelConfig) -> FlowModel:
     with progress("load the model", 1, "model") as bar:
         model = assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
         bar.update()
-    if config.lora_rank:
-        add_adapter(model.transformer, config)
+    if config.adapted:
+        plan = planned_adapter(model.transformer, config)
+        add_adapter(model.transformer, plan)
+        start_adapter(model.transformer, plan)
     if config.compile:
         compile_blocks(model.transformer)
     return model

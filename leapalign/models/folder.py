@@ -51,14 +51,27 @@ def linear_widths(path: str) -> dict[str, int]:
 
     Raises UserError where its configuration cannot be read.
     """
+    named = _without_weights(path).named_modules()
+    return {name: module.out_features for name, module in named if isinstance(module, nn.Linear)}
+
+
+def takes_guidance(path: str) -> bool:
+    """Whether the transformer in a folder or hub id was distilled to take a guidance scale as an input.
+
+    No weights are read. Raises UserError where its configuration cannot be read.
+    """
+    return bool(getattr(_without_weights(path).config, "guidance_embeds", False))
+
+
+def _without_weights(path: str) -> Any:
+    """The transformer in a folder or hub id, on the device meta. Raises UserError for a bad configuration."""
     try:
         kind = getattr(diffusers, read_index(path)["transformer"][1])
         config = kind.load_config(path, subfolder="transformer")
         with torch.device("meta"):
-            transformer = kind.from_config(config)
+            return kind.from_config(config)
     except Exception as error:  # wrong values in a config make the class raise anything
         raise unreadable(error, path, "model.path", f"cannot read the transformer of '{path}'") from None
-    return {name: module.out_features for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
 
 
 def holds(path: str, name: str) -> bool:

@@ -2,32 +2,98 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from leapalign.config import ModelConfig
-from leapalign.inputs.validation import UserError
-from leapalign.storage.modes import save_file
+from leapalign.inputs.validation import UserError, shortened
+from leapalign.models.adapter_files import Adapter, published_adapter, write_adapter
 from leapalign.streams import ADAPTER_STREAM, seed_of
 
 ADAPTER = "default"
-FILE = "pytorch_lora_weights.safetensors"
-_PREFIX = "transformer."
-"""Diffusers' pipelines find a transformer's adapter under this name."""
 
 
-def add_adapter(transformer: Any, config: ModelConfig) -> None:
-    """Freezes ``transformer`` and adds matrices of ``config.lora_rank``, in float32, which change nothing at first.
+@dataclasses.dataclass(frozen=True)
+class AdapterPlan:
+    """Adapters of ``rank`` and ``alpha`` for the linear layers called ``modules``; start: what they begin as, or None
+    for what changes nothing."""
 
-    Their scale is 1. Without ``config.lora_targets`` every linear layer of the blocks gets them, but for modulation.
-    Raises UserError where no layer matches.
+    rank: int
+    alpha: float
+    modules: list[str]
+    start: Adapter | None
+
+
+def planned_adapter(transformer: Any, config: ModelConfig) -> AdapterPlan:
+    """What ``config`` asks for beside ``transformer``.
+
+    Without ``lora_targets`` every linear layer of the blocks is adapted, but for modulation. What ``lora_path`` names
+    says rank, alpha and layers. Raises UserError where no layer matches, or the two do not fit together.
     """
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    if config.lora_path is not None:
+        start = published_adapter(config.lora_path)
+        _require_fit(start, config, linear)
+        return AdapterPlan(start.rank, start.alpha, start.modules, start)
+    rank = config.lora_rank
+    alpha = float(rank) if config.lora_alpha is None else config.lora_alpha
+    return AdapterPlan(rank, alpha, _targets(transformer, config, linear), None)
+
+
+def add_adapter(transformer: Any, plan: AdapterPlan) -> None:
+    """Freezes ``transformer`` and adds the matrices of ``plan``, in float32, of values that change nothing.
+
+    Their product is scaled by ``alpha / rank``.
+    """
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(0, ADAPTER_STREAM, plan.rank))
+        # Peft divides the alpha as it is; its type says int.
+        alpha: Any = plan.alpha
+        adapter = LoraConfig(r=plan.rank, lora_alpha=alpha, target_modules=plan.modules)
+        inject_adapter_in_model(adapter, transformer, ADAPTER)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def start_adapter(transformer: Any, plan: AdapterPlan) -> None:
+    """Sets the matrices of `add_adapter` to those that ``plan`` starts from, if any."""
+    if plan.start is not None:
+        transformer.load_state_dict(adapter_parameters(plan.start), strict=False)
+
+
+def has_adapter(transformer: Any) -> bool:
+    return bool(getattr(transformer, "peft_config", None))
+
+
+def adapter_alpha(transformer: Any) -> float:
+    """Of the adapters that ``transformer`` has."""
+    return float(transformer.peft_config[ADAPTER].lora_alpha)
+
+
+def save_adapter(transformer: Any, folder: Path) -> None:
+    """Writes the adapters of ``transformer`` to ``folder``, in diffusers' layout."""
+    matrices = {
+        name.replace(f".{ADAPTER}.", "."): parameter.detach().to("cpu").contiguous()
+        for name, parameter in transformer.named_parameters()
+        if parameter.requires_grad
+    }
+    write_adapter(Adapter(transformer.peft_config[ADAPTER].r, adapter_alpha(transformer), matrices), folder)
+
+
+def adapter_parameters(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Its matrices by the names of the transformer's parameters."""
+    return {name.replace(".weight", f".{ADAPTER}.weight"): value for name, value in adapter.matrices.items()}
+
+
+def _targets(transformer: Any, config: ModelConfig, linear: Mapping[str, nn.Linear]) -> list[str]:
     if config.lora_targets:
         targets = [name for name in linear if name.endswith(config.lora_targets)]
     else:
@@ -38,40 +104,33 @@ def add_adapter(transformer: Any, config: ModelConfig) -> None:
             f"no linear layer of the transformer ends with {' or '.join(config.lora_targets)}; correct "
             f"model.lora_targets, such as to_q"
         )
-    transformer.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(0, ADAPTER_STREAM, config.lora_rank))
-        adapter = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=targets)
-        inject_adapter_in_model(adapter, transformer, ADAPTER)
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    return targets
 
 
 def _modulates(name: str) -> bool:
     return any(part.startswith("norm") or "mod" in part for part in name.split("."))
 
 
-def has_adapter(transformer: Any) -> bool:
-    return bool(getattr(transformer, "peft_config", None))
-
-
-def save_adapter(transformer: Any, folder: Path) -> None:
-    """Writes what diffusers' ``pipeline.load_lora_weights(folder)`` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    named = {
-        _PREFIX + name.replace(f".{ADAPTER}.", "."): parameter.detach().to("cpu").contiguous()
-        for name, parameter in transformer.named_parameters()
-        if parameter.requires_grad
-    }
-    save_file(named, folder / FILE, metadata={"format": "pt"})
-
-
-def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """What `save_adapter` wrote, by the names of the transformer's parameters."""
-    return {name.replace(".weight", f".{ADAPTER}.weight"): value for name, value in read_matrices(folder).items()}
-
-
-def read_matrices(folder: Path) -> dict[str, Tensor]:
-    """The same as ``<module>.lora_A.weight (rank, in)`` and ``<module>.lora_B.weight (out, rank)``."""
-    return {name.removeprefix(_PREFIX): value for name, value in load_file(folder / FILE).items()}
+def _require_fit(start: Adapter, config: ModelConfig, linear: Mapping[str, nn.Linear]) -> None:
+    """Raises UserError where the adapter of ``lora_path`` is for other layers, or other keys disagree with it."""
+    where = f"the adapter in model.lora_path '{config.lora_path}'"
+    for key, asked, found in (
+        ("lora_rank", config.lora_rank or None, start.rank),
+        ("lora_alpha", config.lora_alpha, start.alpha),
+    ):
+        if asked is not None and asked != found:
+            raise UserError(f"model.{key} is {asked:g}, and {where} has {found:g}; leave model.{key} out")
+    for module in start.modules:
+        matrices = [start.matrices[f"{module}.lora_{side}.weight"] for side in ("A", "B")]
+        layer = linear.get(module)
+        widths = (layer.in_features, layer.out_features) if layer is not None else None
+        if widths != (matrices[0].shape[-1], matrices[1].shape[0]):
+            why = "no such linear layer" if widths is None else f"one of {widths[0]} inputs and {widths[1]} outputs"
+            raise UserError(
+                f"{where} does not fit '{config.path}': it adapts {shortened(module)}, and the model has {why}; choose "
+                "an adapter of this model"
+            )
+    targets = {name for name in linear if name.endswith(config.lora_targets)} if config.lora_targets else None
+    other = sorted(targets ^ set(start.modules)) if targets is not None else []
+    if other:
+        raise UserError(f"model.lora_targets and {where} disagree about {other[0]}; leave model.lora_targets out")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from leapalign.models.lora import FILE as ADAPTER_FILE
-from leapalign.models.lora import has_adapter, read_adapter, save_adapter
+from leapalign.models.adapter_files import FILE as ADAPTER_FILE
+from leapalign.models.adapter_files import read_adapter
+from leapalign.models.lora import adapter_alpha, adapter_parameters, has_adapter, save_adapter
 from leapalign.storage.modes import save_pretrained
 
 
@@ -30,12 +31,14 @@ def load_weights(transformer: Any, folder: Path) -> None:
         raise RuntimeError(
             f"its adapter has {sorted([*unexpected, *lost])[0]}, the model has not, or the other way round"
         )
+    if has_adapter(transformer) and (alpha := read_adapter(folder).alpha) != adapter_alpha(transformer):
+        raise RuntimeError(f"its adapter has alpha {alpha:g}, the model {adapter_alpha(transformer):g}")
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the safetensors files in ``folder``, by the names of the transformer's parameters."""
     if (folder / ADAPTER_FILE).exists():
-        return read_adapter(folder)
+        return adapter_parameters(read_adapter(folder))
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no safetensors in {folder}")

@@ -19,7 +19,7 @@ from leapalign.inputs.validation import UserError, brief
 from leapalign.methods import get_method
 from leapalign.models import assembled
 from leapalign.models.folder import holds
-from leapalign.models.lora import add_adapter
+from leapalign.models.lora import add_adapter, planned_adapter
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.reward_gradient import RewardTerm
@@ -66,10 +66,11 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any], rol
     """
     folder = Path(KNOWN_MODELS.get(config.model.path, resolve(config.model.path)))
     model = assembled(_Configs(str(folder), getattr(torch, config.model.dtype), making), config.model)
-    if config.model.lora_rank:
+    if config.model.adapted:
+        plan = planned_adapter(model.transformer, config.model)
         # Peft moves adapters to the device of their layer. Fake ones are there, and cannot be moved.
         with making, patch.object(nn.Module, "to", lambda module, *_, **__: module):
-            add_adapter(model.transformer, config.model)
+            add_adapter(model.transformer, plan)
     with making:
         rewards = reward_terms(config, simulated_reward)
         size = rollouts * min(config.rollout.batch_size, config.train.batch_size)

@@ -149,7 +149,7 @@ def test_long_pages_show_the_first_prompts(tmp_path: Path, monkeypatch: pytest.M
     page = EvaluationPage(tmp_path / "page")
     for start in (0, 2, 4):
         page.keep(BASE, start, torch.rand(2, 3, 4, 4))
-    text = page.write([f"prompt {number}" for number in range(6)], {BASE: {"r": [0.5] * 6}}).read_text()
+    text = page.write([f"prompt {number}" for number in range(6)], {BASE: {"r": [0.5] * 6}}, "25 steps").read_text()
     assert "the first 3 of 6" in text
     assert len(list((page.folder / BASE).iterdir())) == text.count("<img") == 3
 

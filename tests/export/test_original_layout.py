@@ -21,6 +21,7 @@ from worlds import small_flux
 from leapalign.export.layouts import FLUX, Layout
 from leapalign.export.original_layout import COMFYUI_PREFIX, comfyui_adapter, layout_of, original_weights
 from leapalign.inputs.validation import UserError
+from leapalign.models.adapter_files import Adapter
 from leapalign.models.folder import linear_widths, read_index
 
 RANK = 2
@@ -104,7 +105,7 @@ def test_diffusers_turns_flux1_devs_weights_back_to_the_bit(flux1_dev: FluxTrans
 
 def test_diffusers_reads_our_adapter_of_flux1_dev_as_the_same_change(flux1_dev: FluxTransformer2DModel) -> None:
     adapter = {n: m for n, m in matrices(flux1_dev, ("",)).items() if n.startswith(("tr", "si", "proj_out"))}
-    ours = comfyui_adapter(FLUX, adapter, widths(flux1_dev))
+    ours = comfyui_adapter(FLUX, Adapter(RANK, RANK, adapter), widths(flux1_dev))
     theirs = _convert_fal_kontext_lora_to_diffusers(
         {name.replace(COMFYUI_PREFIX, "base_model.model."): value for name, value in ours.items()}
     )
@@ -131,20 +132,24 @@ def test_diffusers_loads_each_familys_file_as_the_same_weights(family: Family, t
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
-def check_merging_commutes(layout: Layout, model: nn.Module, endings: tuple[str, ...]) -> None:
-    """With the change of layout: adapters merged before it, and after it."""
+def check_merging_commutes(layout: Layout, model: nn.Module, endings: tuple[str, ...], alpha: float = RANK) -> None:
+    """With the change of layout: adapters merged before it, and after it, as ComfyUI scales them."""
     weights, adapter = dict(model.state_dict()), matrices(model, endings)
     merged = dict(weights)
     for name in widths(model):
         if f"{name}.lora_A.weight" in adapter:
-            change = adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
+            change = alpha / RANK * adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
             merged[f"{name}.weight"] = weights[f"{name}.weight"] + change
     expected = original_weights(layout, merged)
 
-    ours, changes = original_weights(layout, weights), comfyui_adapter(layout, adapter, widths(model))
+    ours = original_weights(layout, weights)
+    changes = comfyui_adapter(layout, Adapter(RANK, alpha, adapter), widths(model))
     for name in [name for name in changes if name.endswith("lora_A.weight")]:
         module = name.removeprefix(COMFYUI_PREFIX).removesuffix(".lora_A.weight")
-        ours[f"{module}.weight"] = ours[f"{module}.weight"] + changes[name.replace("lora_A", "lora_B")] @ changes[name]
+        rank = len(changes[name])
+        scale = changes.get(f"{COMFYUI_PREFIX}{module}.alpha", torch.tensor(rank)) / rank
+        change = changes[name.replace("lora_A", "lora_B")] @ changes[name]
+        ours[f"{module}.weight"] = ours[f"{module}.weight"] + scale * change
     assert ours.keys() == expected.keys()
     assert sum(not torch.equal(expected[name], value) for name, value in original_weights(layout, weights).items()) > 1
     for name in expected:
@@ -153,7 +158,8 @@ def check_merging_commutes(layout: Layout, model: nn.Module, endings: tuple[str,
 
 @pytest.mark.parametrize("endings", [("",), ("to_q", "to_v", "proj_mlp"), ("norm_out.linear", "attn.to_k")])
 def test_merging_an_adapter_and_changing_layout_commute(endings: tuple[str, ...]) -> None:
-    check_merging_commutes(FLUX, small_flux(guidance_embeds=True), endings)
+    for alpha in (RANK, 3.0):
+        check_merging_commutes(FLUX, small_flux(guidance_embeds=True), endings, alpha)
 
 
 @pytest.mark.parametrize("endings", [("",), ("to_k", "to_v")])
@@ -168,4 +174,4 @@ def test_weights_without_a_place_are_refused() -> None:
     with pytest.raises(UserError, match=r"to_extra' has no place in the original layout; use --layout diffusers"):
         original_weights(FLUX, weights)
     with pytest.raises(UserError, match="has no place"):
-        comfyui_adapter(FLUX, {"x.lora_A.weight": torch.zeros(1, 1)}, widths(small_flux()))
+        comfyui_adapter(FLUX, Adapter(1, 1, {"x.lora_A.weight": torch.zeros(1, 1)}), widths(small_flux()))
