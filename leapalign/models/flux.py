@@ -15,7 +15,7 @@ from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
-from leapalign.models.latents import decoded, normal_latents, resolution_shift
+from leapalign.models.latents import decoded, normal_latents, resolution_shift, rounded_time
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
 
 TEXT_TOKENS = 512
@@ -106,7 +106,7 @@ class FluxModel:
             guidance = torch.full((len(latents),), self.guidance, device=device, dtype=dtype)
         return self.transformer(
             hidden_states=latents.to(dtype),
-            timestep=sigma.to(device, dtype),
+            timestep=rounded_time(self.scheduler, sigma.to(device), dtype),
             guidance=guidance,
             pooled_projections=pooled,
             encoder_hidden_states=tokens,

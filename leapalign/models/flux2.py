@@ -26,7 +26,7 @@ from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
-from leapalign.models.latents import normal_latents
+from leapalign.models.latents import normal_latents, rounded_time
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, loaded_in_turn
 
 TEXT_TOKENS = 512
@@ -106,7 +106,7 @@ class Flux2Model:
             image_ids = Flux2KleinPipeline._prepare_latent_ids(torch.empty(1, 1, self.rows, self.columns))
         return self.transformer(
             hidden_states=latents.to(dtype),
-            timestep=sigma.to(device, dtype),
+            timestep=rounded_time(self.scheduler, sigma.to(device), dtype),
             guidance=guidance,
             encoder_hidden_states=tokens,
             txt_ids=text_ids,

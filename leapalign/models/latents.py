@@ -1,4 +1,5 @@
-"""What families do alike: drawing noise, shifting sigmas by resolution, and decoding by an `AutoencoderKL`."""
+"""What families do alike: drawing noise, shifting sigmas by resolution, telling time, and decoding by an
+`AutoencoderKL`."""
 
 from __future__ import annotations
 
@@ -22,6 +23,15 @@ def resolution_shift(config: Any, tokens: int) -> float:
         tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
     return shift
+
+
+def rounded_time(scheduler: Any, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sigma (B,)`` in ``dtype``, as pipelines of diffusers have it that round a timestep before they divide by 1000.
+
+    In bfloat16 it is not ``sigma`` rounded: of FLUX.1's 25 steps 6 differ at 720 pixels and 10 at 1024,
+    by a unit in the last place.
+    """
+    return (sigma * scheduler.config.num_train_timesteps).to(dtype) / 1000
 
 
 def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:

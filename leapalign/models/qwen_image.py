@@ -20,7 +20,7 @@ from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
-from leapalign.models.latents import normal_latents, resolution_shift
+from leapalign.models.latents import normal_latents, resolution_shift, rounded_time
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
 
 TEXT_TOKENS = 512
@@ -92,11 +92,9 @@ class QwenImageModel:
         """``latents (B, tokens, channels)``, per-sample ``sigma (B,)`` -> velocity of the same shape."""
         device, dtype = latents.device, self.transformer.dtype
         mask = embeddings.parts["mask"]
-        steps = self.scheduler.config.num_train_timesteps
         return self.transformer(
             hidden_states=latents.to(dtype),
-            # There and back, as the pipeline does: it rounds.
-            timestep=sigma.to(device) * steps / steps,
+            timestep=rounded_time(self.scheduler, sigma.to(device), dtype),
             encoder_hidden_states=embeddings.parts["tokens"].to(device, dtype),
             # Fewer attention kernels take a mask.
             encoder_hidden_states_mask=None if bool(mask.all()) else mask.to(device),
