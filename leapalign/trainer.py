@@ -81,7 +81,7 @@ class Trainer:
         model = load_model(config.model)
         steps = config.rollout.num_steps
         try:
-            method.plan(model.sigmas(steps), **method.draw(steps, 1, torch.Generator()))
+            method.plan(model.sigmas(steps, config.rollout.sigmas), **method.draw(steps, 1, torch.Generator()))
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
         require_room(config, model.draw_noise, training_device())
@@ -217,7 +217,8 @@ class Trainer:
         velocity = prompted_velocity(self.model, self.embeddings[torch.tensor(chosen)])
         noise = self.model.draw_noise([seed_of(config.seed, NOISE_STREAM, position) for position in positions])
         with stage("rollout"):
-            rollout = sample_rollout(velocity, noise, self.model.sigmas(config.rollout.num_steps))
+            sigmas = self.model.sigmas(config.rollout.num_steps, config.rollout.sigmas)
+            rollout = sample_rollout(velocity, noise, sigmas)
         objective = Objective(self.model.decode, self.rewards, config.train.reward_chunk, config.equal_reward_gradients)
         microbatch = config.train.microbatch
         metrics = method_backward(

@@ -14,6 +14,7 @@ from leapalign.config.sections import (
     PromptsConfig,
     RolloutConfig,
     SamplesConfig,
+    SigmaSpacing,
     TrainConfig,
     WatchConfig,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "PromptsConfig",
     "RolloutConfig",
     "SamplesConfig",
+    "SigmaSpacing",
     "TrainConfig",
     "WatchConfig",
     "config_from",

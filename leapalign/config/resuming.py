@@ -38,6 +38,7 @@ RESUMED: dict[str, str] = {
     PROMPTS_DIGEST: "each image's prompt follows from their number and order",
     "prompts.cache": MAY_CHANGE,
     "rollout.num_steps": UNLESS_WATCHED,
+    "rollout.sigmas": UNLESS_WATCHED,
     "rollout.batch_size": MAY_CHANGE,
     "method": MAY_CHANGE,
     "reward": UNLESS_WATCHED,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -23,6 +24,16 @@ def resolution_shift(config: Any, tokens: int) -> float:
         tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
     return shift
+
+
+def linear_sigmas(scheduler: Any, num_steps: int, shift: float) -> Tensor:
+    """The ``scheduler``'s noise levels ``(num_steps + 1,)``: 1 to ``1 / num_steps`` evenly, shifted, and 0.
+
+    shift: ``mu``, of schedulers whose shift depends on the resolution.
+    """
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps), mu=shift)
+    levels: Tensor = scheduler.sigmas
+    return levels.clone()
 
 
 def rounded_time(scheduler: Any, sigma: Tensor, dtype: torch.dtype) -> Tensor:

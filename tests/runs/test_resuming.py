@@ -72,6 +72,7 @@ ELSEWHERE = {
     "model.compile": "compiling takes minutes",
     "model.guidance": "the tiny model takes none",
     "model.negative_prompt": "together with model.true_cfg_scale",
+    "rollout.sigmas": "the tiny model's are linear",
     "memory.checkpoint_every": "streamed weights need 1",
     "diagnostics.true_gradient_every": "needs gradients on the device",
     "train.iterations": "every resumed run here has more",
