@@ -25,7 +25,7 @@ from leapalign.method_gradient import Objective, draw_several, joined, method_ba
 from leapalign.methods import Method, get_method
 from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
-from leapalign.models.velocity import prompted_velocity, require_fit
+from leapalign.models.velocity import prompted_velocity, require_fit, undetached
 from leapalign.optimizers.optimizer import Optimizer
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.prompts.files import read_prompts
@@ -228,7 +228,7 @@ class Trainer:
             velocity,
             objective,
             prompts,
-            share=share,
+            share=share / config.model.gradient_divisor,
             microbatch=microbatch,
             gradient_sink=self.optimizer.gradient_sink,
         )
@@ -236,5 +236,5 @@ class Trainer:
         if every and self.iteration % every == 0 and positions.start == self._positions.start:
             parameters = [p for p in self.model.transformer.parameters() if p.requires_grad]
             x0_gradient = share * objective.true_gradient(rollout, prompts)
-            metrics |= agreement(parameters, rollout, velocity, x0_gradient, microbatch)
+            metrics |= agreement(parameters, rollout, undetached(velocity), x0_gradient, microbatch)
         return metrics

@@ -3,6 +3,7 @@
 from leapalign.config.files import config_from, load_config, override, read_config, save_config
 from leapalign.config.sections import (
     HOST_OPTIMIZERS,
+    CfgGradient,
     CheckpointConfig,
     Config,
     DiagnosticsConfig,
@@ -21,6 +22,7 @@ from leapalign.config.sections import (
 
 __all__ = [
     "HOST_OPTIMIZERS",
+    "CfgGradient",
     "CheckpointConfig",
     "Config",
     "DiagnosticsConfig",

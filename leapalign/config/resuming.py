@@ -29,6 +29,8 @@ RESUMED: dict[str, str] = {
     "model.true_cfg_scale": UNLESS_WATCHED,
     "model.negative_prompt": UNLESS_WATCHED,
     "model.true_cfg_batched": MAY_CHANGE,
+    "model.cfg_gradient": MAY_CHANGE,
+    "model.cfg_gradient_compensated": MAY_CHANGE,
     "model.compile": MAY_CHANGE,
     "model.lora_rank": _ADAPTER,
     "model.lora_targets": _ADAPTER,

@@ -21,6 +21,9 @@ from leapalign.inputs.bounds import (
 from leapalign.inputs.paths import PathText
 from leapalign.inputs.validation import shortened
 
+CfgGradient = Literal["full", "detached"]
+"""Which velocities of classifier-free guidance carry gradient."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -36,6 +39,10 @@ class ModelConfig:
     """What images should not show, with ``true_cfg_scale`` above 1."""
     true_cfg_batched: bool = True
     """Both velocities in one forward; false: one after the other, which halves the activations."""
+    cfg_gradient: CfgGradient = "full"
+    """Through both velocities, or the prompt's alone, which is half the work, and not the gradient of what is drawn."""
+    cfg_gradient_compensated: bool = False
+    """Divides gradients by ``true_cfg_scale`` where it is above 1: what moves then depends less on the scale."""
     compile: bool = False
     """Compile the transformer's repeated blocks: minutes at first, faster afterwards."""
     lora_rank: Annotated[int, Field(ge=0, le=2**14)] = 0
@@ -46,6 +53,11 @@ class ModelConfig:
     """Of images, in pixels."""
     width: Pixels = 64
     """Of images, in pixels."""
+
+    @property
+    def gradient_divisor(self) -> float:
+        """What gradients are divided by."""
+        return max(self.true_cfg_scale, 1.0) if self.cfg_gradient_compensated else 1.0
 
 
 @dataclass(frozen=True)
@@ -223,6 +235,10 @@ class Config:
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} must be a multiple of rollout.batch_size "
                 f"{self.rollout.batch_size}"
+            )
+        if self.model.cfg_gradient == "detached" and self.model.true_cfg_scale == 0:
+            raise ValueError(
+                "at model.true_cfg_scale 0 all gradient is the negative prompt's; set model.cfg_gradient to full"
             )
         self._check_memory()
         for section, values in (("method", [self.method]), ("reward", self.rewards)):
