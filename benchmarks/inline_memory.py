@@ -31,7 +31,7 @@ def inline_iteration(trainer: Trainer) -> None:
     """Rollout after rollout, the whole loss of each in one graph."""
     config = trainer.config
     size = config.rollout.batch_size
-    sigmas = trainer.model.sigmas(config.rollout.num_steps)
+    sigmas = trainer.model.sigmas(config.rollout.num_steps, config.rollout.sigmas)
     for start in range(0, config.train.batch_size, size):
         samples = torch.arange(start, start + size)
         velocity = prompted_velocity(trainer.model, trainer.embeddings[samples])

@@ -25,7 +25,7 @@ from leapalign.method_gradient import Objective, draw_several, joined, method_ba
 from leapalign.methods import Method, get_method
 from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
-from leapalign.models.velocity import prompted_velocity, require_fit
+from leapalign.models.velocity import prompted_velocity, require_fit, undetached
 from leapalign.optimizers.optimizer import Optimizer
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.prompts.files import read_prompts
@@ -81,7 +81,7 @@ class Trainer:
         model = load_model(config.model)
         steps = config.rollout.num_steps
         try:
-            method.plan(model.sigmas(steps), **method.draw(steps, 1, torch.Generator()))
+            method.plan(model.sigmas(steps, config.rollout.sigmas), **method.draw(steps, 1, torch.Generator()))
         except ValueError as error:
             raise UserError(f"method: {error}; change it or rollout.num_steps") from None
         require_room(config, model.draw_noise, training_device())
@@ -217,7 +217,8 @@ class Trainer:
         velocity = prompted_velocity(self.model, self.embeddings[torch.tensor(chosen)])
         noise = self.model.draw_noise([seed_of(config.seed, NOISE_STREAM, position) for position in positions])
         with stage("rollout"):
-            rollout = sample_rollout(velocity, noise, self.model.sigmas(config.rollout.num_steps))
+            sigmas = self.model.sigmas(config.rollout.num_steps, config.rollout.sigmas)
+            rollout = sample_rollout(velocity, noise, sigmas)
         objective = Objective.of(config, self.model.decode, self.rewards)
         microbatch = config.train.microbatch
         metrics = method_backward(
@@ -227,7 +228,7 @@ class Trainer:
             velocity,
             objective,
             prompts,
-            share=share,
+            share=share / config.model.gradient_divisor,
             microbatch=microbatch,
             gradient_sink=self.optimizer.gradient_sink,
         )
@@ -235,5 +236,5 @@ class Trainer:
         if every and self.iteration % every == 0 and positions.start == self._positions.start:
             parameters = [p for p in self.model.transformer.parameters() if p.requires_grad]
             x0_gradient = share * objective.true_gradient(rollout, prompts)
-            metrics |= agreement(parameters, rollout, velocity, x0_gradient, microbatch)
+            metrics |= agreement(parameters, rollout, undetached(velocity), x0_gradient, microbatch)
         return metrics

@@ -129,7 +129,8 @@ def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> Non
     arguments.output.mkdir(parents=True, exist_ok=True)
     files = prepare_folders(arguments.output, [] if arguments.prompt else read_metadata(file))
     files = files or [arguments.output / f"{number:05d}.png" for number in range(len(prompts))]
-    batches = image_batches(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size)
+    sigmas = model.sigmas(config.rollout.num_steps, config.rollout.sigmas)
+    batches = image_batches(model, embeddings, seeds, sigmas, config.rollout.batch_size)
     save_images(batches, prompts, files, arguments.output)
     print(f"{len(prompts)} images in {arguments.output}; {in_words(config)}")
 

@@ -4,6 +4,7 @@ from leapalign.config.files import config_from, load_config, override, read_conf
 from leapalign.config.measuring import DiagnosticsConfig, EvaluateConfig, SamplesConfig, WatchConfig
 from leapalign.config.sections import (
     HOST_OPTIMIZERS,
+    CfgGradient,
     CheckpointConfig,
     Config,
     EmaConfig,
@@ -12,11 +13,13 @@ from leapalign.config.sections import (
     OptimizerConfig,
     PromptsConfig,
     RolloutConfig,
+    SigmaSpacing,
     TrainConfig,
 )
 
 __all__ = [
     "HOST_OPTIMIZERS",
+    "CfgGradient",
     "CheckpointConfig",
     "Config",
     "DiagnosticsConfig",
@@ -28,6 +31,7 @@ __all__ = [
     "PromptsConfig",
     "RolloutConfig",
     "SamplesConfig",
+    "SigmaSpacing",
     "TrainConfig",
     "WatchConfig",
     "config_from",

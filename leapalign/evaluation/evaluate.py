@@ -71,7 +71,8 @@ def _images(config: Config, weights: Path | None, embeddings: Any, seed: int, ar
     """Of a model that is gone when the last one is there."""
     model = sampling_model(config, weights)
     seeds = range(seed, seed + len(embeddings))
-    return image_batches(model, embeddings, seeds, config.rollout.num_steps, config.rollout.batch_size, arm)
+    sigmas = model.sigmas(config.rollout.num_steps, config.rollout.sigmas)
+    return image_batches(model, embeddings, seeds, sigmas, config.rollout.batch_size, arm)
 
 
 @torch.no_grad()

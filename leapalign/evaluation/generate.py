@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from leapalign.config import Config
+from leapalign.config import Config, SigmaSpacing
 from leapalign.inputs.validation import UserError, brief
 from leapalign.memory.placement import place_for_sampling, training_device
 from leapalign.models import load_model
@@ -45,34 +45,35 @@ def generate(
     num_steps: int,
     batch_size: int = 32,
     description: str = "images",
+    spacing: SigmaSpacing = "pipeline",
 ) -> Tensor:
     """Images ``(len(seeds), 3, H, W)`` in [0, 1]; image i comes from ``embeddings[i]`` and ``seeds[i]``.
 
-    ``description`` stands at the bar that shows the progress.
+    ``description`` stands at the bar that shows the progress; ``spacing`` is that of the noise levels.
     """
-    return torch.cat(list(image_batches(model, embeddings, seeds, num_steps, batch_size, description)))
+    sigmas = model.sigmas(num_steps, spacing)
+    return torch.cat(list(image_batches(model, embeddings, seeds, sigmas, batch_size, description)))
 
 
 def image_batches(
     model: FlowModel,
     embeddings: Any,
     seeds: Sequence[int],
-    num_steps: int,
+    sigmas: Tensor,
     batch_size: int,
     description: str = "images",
 ) -> Iterator[Tensor]:
-    """The images of `generate`, ``batch_size`` at a time, on the CPU."""
-    for _, images in batches(model, embeddings, seeds, num_steps, batch_size, description):
+    """The images of `generate` down the noise levels ``sigmas (T + 1,)``, ``batch_size`` at a time, on the CPU."""
+    for _, images in batches(model, embeddings, seeds, sigmas, batch_size, description):
         yield images.cpu()
 
 
 def batches(
-    model: FlowModel, embeddings: Any, seeds: Sequence[int], num_steps: int, batch_size: int, description: str
+    model: FlowModel, embeddings: Any, seeds: Sequence[int], sigmas: Tensor, batch_size: int, description: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Latents and images of `sample`, ``batch_size`` at a time, where the model computes."""
     require_fit(model, embeddings)
-    sigmas = model.sigmas(num_steps)
-    with sampling_progress(description, len(seeds), batch_size, num_steps) as step:
+    with sampling_progress(description, len(seeds), batch_size, len(sigmas) - 1) as step:
         for start in range(0, len(seeds), batch_size):
             part = slice(start, start + batch_size)
             yield sample(model, embeddings[part], seeds[part], sigmas, step)

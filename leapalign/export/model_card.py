@@ -89,12 +89,14 @@ def _trained(export: Export) -> str:
         else "All weights of the transformer of"
     )
     method, options = config.method["name"], _listed({k: v for k, v in config.method.items() if k != "name"})
+    # What a pipeline of diffusers needs to be told.
+    linear = " of sigmas=linspace(1, 1/steps, steps)" if config.rollout.sigmas == "linear" else ""
     rows = {
         "method": f"{method}{f' ({options})' if options else ''}",
         "reward": ", ".join(str(reward["name"]) for reward in config.rewards),
         "iterations": f"{export.iterations} of {config.train.batch_size} images",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",
-        "sampling": f"{config.rollout.num_steps} steps, {config.model.width} x {config.model.height} pixels",
+        "sampling": f"{config.rollout.num_steps} steps{linear}, {config.model.width} x {config.model.height} pixels",
         "weights": _weights(export),
         "layout": export.layout,
     }

@@ -94,7 +94,7 @@ def guided(config: ModelConfig, prompts: Any, negative: Any) -> Any:
     """Embeddings of prompts, with those of `negative_prompts` where there are any."""
     if config.true_cfg_scale == 1:
         return prompts
-    return GuidedEmbeddings(prompts, negative[:], config.true_cfg_scale, config.true_cfg_batched)
+    return GuidedEmbeddings(prompts, negative[:], config.true_cfg_scale, config.true_cfg_batched, config.cfg_gradient)
 
 
 def text_encoders(config: ModelConfig, device: torch.device) -> Iterator[TextEncoder]:

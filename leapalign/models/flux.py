@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from leapalign.config import ModelConfig
+from leapalign.config import ModelConfig, SigmaSpacing
 from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
-from leapalign.models.latents import decoded, normal_latents, resolution_shift
+from leapalign.models.latents import decoded, linear_sigmas, normal_latents, resolution_shift, rounded_time
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
 
 TEXT_TOKENS = 512
@@ -87,12 +86,10 @@ class FluxModel:
         shape = (self.rows * self.columns, self.transformer.config.in_channels)
         return normal_latents(seeds, shape).to(self.device)
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        """The scheduler's noise levels ``(num_steps + 1,)`` for this resolution, ending at 0."""
+    def sigmas(self, num_steps: int, spacing: SigmaSpacing = "pipeline") -> Tensor:
+        """The scheduler's noise levels ``(num_steps + 1,)`` for this resolution; the pipeline's are linear."""
         shift = resolution_shift(self.scheduler.config, self.rows * self.columns)
-        levels = np.linspace(1.0, 1.0 / num_steps, num_steps)
-        self.scheduler.set_timesteps(sigmas=levels, mu=shift)
-        return self.scheduler.sigmas.clone()
+        return linear_sigmas(self.scheduler, num_steps, shift)
 
     def velocity(self, latents: Tensor, sigma: Tensor, embeddings: PromptEmbeddings) -> Tensor:
         """``latents (B, tokens, channels)``, per-sample ``sigma (B,)`` -> velocity of the same shape.
@@ -106,7 +103,7 @@ class FluxModel:
             guidance = torch.full((len(latents),), self.guidance, device=device, dtype=dtype)
         return self.transformer(
             hidden_states=latents.to(dtype),
-            timestep=sigma.to(device, dtype),
+            timestep=rounded_time(self.scheduler, sigma.to(device), dtype),
             guidance=guidance,
             pooled_projections=pooled,
             encoder_hidden_states=tokens,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
@@ -21,12 +20,12 @@ from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from leapalign.config import ModelConfig
+from leapalign.config import ModelConfig, SigmaSpacing
 from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
-from leapalign.models.latents import normal_latents
+from leapalign.models.latents import linear_sigmas, normal_latents, rounded_time
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, loaded_in_turn
 
 TEXT_TOKENS = 512
@@ -84,11 +83,9 @@ class Flux2Model:
         shape = (self.transformer.config.in_channels, self.rows, self.columns)
         return Flux2KleinPipeline._pack_latents(normal_latents(seeds, shape)).to(self.device)
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        """The scheduler's noise levels ``(num_steps + 1,)`` for this resolution and number, ending at 0."""
-        shift = compute_empirical_mu(self.rows * self.columns, num_steps)
-        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps), mu=shift)
-        return self.scheduler.sigmas.clone()
+    def sigmas(self, num_steps: int, spacing: SigmaSpacing = "pipeline") -> Tensor:
+        """The scheduler's noise levels ``(num_steps + 1,)`` for this size and number; the pipeline's are linear."""
+        return linear_sigmas(self.scheduler, num_steps, compute_empirical_mu(self.rows * self.columns, num_steps))
 
     def velocity(self, latents: Tensor, sigma: Tensor, embeddings: PromptEmbeddings) -> Tensor:
         """``latents (B, tokens, channels)``, per-sample ``sigma (B,)`` -> velocity of the same shape.
@@ -106,7 +103,7 @@ class Flux2Model:
             image_ids = Flux2KleinPipeline._prepare_latent_ids(torch.empty(1, 1, self.rows, self.columns))
         return self.transformer(
             hidden_states=latents.to(dtype),
-            timestep=sigma.to(device, dtype),
+            timestep=rounded_time(self.scheduler, sigma.to(device), dtype),
             guidance=guidance,
             encoder_hidden_states=tokens,
             txt_ids=text_ids,

@@ -1,10 +1,12 @@
-"""What families do alike: drawing noise, shifting sigmas by resolution, and decoding by an `AutoencoderKL`."""
+"""What families do alike: drawing noise, shifting sigmas by resolution, telling time, and decoding by an
+`AutoencoderKL`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -22,6 +24,25 @@ def resolution_shift(config: Any, tokens: int) -> float:
         tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
     return shift
+
+
+def linear_sigmas(scheduler: Any, num_steps: int, shift: float) -> Tensor:
+    """The ``scheduler``'s noise levels ``(num_steps + 1,)``: 1 to ``1 / num_steps`` evenly, shifted, and 0.
+
+    shift: ``mu``, of schedulers whose shift depends on the resolution.
+    """
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps), mu=shift)
+    levels: Tensor = scheduler.sigmas
+    return levels.clone()
+
+
+def rounded_time(scheduler: Any, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sigma (B,)`` in ``dtype``, as pipelines of diffusers have it that round a timestep before they divide by 1000.
+
+    In bfloat16 it is not ``sigma`` rounded: of FLUX.1's 25 steps 6 differ at 720 pixels and 10 at 1024,
+    by a unit in the last place.
+    """
+    return (sigma * scheduler.config.num_train_timesteps).to(dtype) / 1000
 
 
 def decoded(vae: AutoencoderKL, latents: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from leapalign.config import ModelConfig
+from leapalign.config import ModelConfig, SigmaSpacing
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.text_encoders import TextEncoder
@@ -50,8 +50,8 @@ class FlowModel(Protocol):
         """Latents ``(len(seeds), ...)`` at ``sigma = 1``, one seed an image."""
         ...
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        """Noise levels ``(num_steps + 1,)`` for the model's resolution, descending to 0."""
+    def sigmas(self, num_steps: int, spacing: SigmaSpacing = "pipeline") -> Tensor:
+        """Noise levels ``(num_steps + 1,)`` for the model's resolution, descending to 0: its pipeline's, or linear."""
         ...
 
     def velocity(self, latents: Tensor, sigma: Tensor, embeddings: PromptEmbeddings) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -15,12 +14,12 @@ from diffusers import (
 )
 from torch import Tensor
 
-from leapalign.config import ModelConfig
+from leapalign.config import ModelConfig, SigmaSpacing
 from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
-from leapalign.models.latents import normal_latents, resolution_shift
+from leapalign.models.latents import linear_sigmas, normal_latents, resolution_shift, rounded_time
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
 
 TEXT_TOKENS = 512
@@ -82,21 +81,18 @@ class QwenImageModel:
         shape = (self.rows * self.columns, self.transformer.config.in_channels)
         return normal_latents(seeds, shape).to(self.device)
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        """The scheduler's noise levels ``(num_steps + 1,)`` for this resolution, ending at 0."""
+    def sigmas(self, num_steps: int, spacing: SigmaSpacing = "pipeline") -> Tensor:
+        """The scheduler's noise levels ``(num_steps + 1,)`` for this resolution; the pipeline's are linear."""
         shift = resolution_shift(self.scheduler.config, self.rows * self.columns)
-        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps), mu=shift)
-        return self.scheduler.sigmas.clone()
+        return linear_sigmas(self.scheduler, num_steps, shift)
 
     def velocity(self, latents: Tensor, sigma: Tensor, embeddings: PromptEmbeddings) -> Tensor:
         """``latents (B, tokens, channels)``, per-sample ``sigma (B,)`` -> velocity of the same shape."""
         device, dtype = latents.device, self.transformer.dtype
         mask = embeddings.parts["mask"]
-        steps = self.scheduler.config.num_train_timesteps
         return self.transformer(
             hidden_states=latents.to(dtype),
-            # There and back, as the pipeline does: it rounds.
-            timestep=sigma.to(device) * steps / steps,
+            timestep=rounded_time(self.scheduler, sigma.to(device), dtype),
             encoder_hidden_states=embeddings.parts["tokens"].to(device, dtype),
             # Fewer attention kernels take a mask.
             encoder_hidden_states_mask=None if bool(mask.all()) else mask.to(device),

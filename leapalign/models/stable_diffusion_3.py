@@ -14,12 +14,12 @@ from diffusers import (
 )
 from torch import Tensor
 
-from leapalign.config import ModelConfig
+from leapalign.config import ModelConfig, SigmaSpacing
 from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts, holds
-from leapalign.models.latents import decoded, normal_latents, resolution_shift
+from leapalign.models.latents import decoded, linear_sigmas, normal_latents, resolution_shift
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
 
 CLIP_TOKENS = 77
@@ -94,10 +94,15 @@ class StableDiffusion3Model:
         shape = (self.transformer.config.in_channels, self.rows, self.columns)
         return normal_latents(seeds, shape).to(self.device)
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        """The scheduler's noise levels ``(num_steps + 1,)``, for this resolution where they depend on it."""
+    def sigmas(self, num_steps: int, spacing: SigmaSpacing = "pipeline") -> Tensor:
+        """The scheduler's noise levels ``(num_steps + 1,)``, for this resolution where they depend on it.
+
+        The pipeline spaces those evenly that are shifted already, and shifts them again.
+        """
         config, patch = self.scheduler.config, self.transformer.config.patch_size
         shift = resolution_shift(config, (self.rows // patch) * (self.columns // patch))
+        if spacing == "linear":
+            return linear_sigmas(self.scheduler, num_steps, shift)
         self.scheduler.set_timesteps(num_steps, mu=shift if config.use_dynamic_shifting else None)
         return self.scheduler.sigmas.clone()
 

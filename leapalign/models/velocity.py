@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from leapalign.config import CfgGradient
 from leapalign.inputs.validation import UserError
 from leapalign.models.protocol import FlowModel, GuidingModel
 from leapalign.rollout import VelocityFn
@@ -19,13 +21,14 @@ class GuidedEmbeddings:
     """Embeddings of prompts, and the one of the negative prompt that guidance steers away from.
 
     ``velocity = negative + scale (prompt - negative)``, unless the model is a `GuidingModel`; ``batched``: both in one
-    forward, else one after the other.
+    forward, else one after the other; ``gradient``: through both, or the prompt's alone.
     """
 
     prompts: Any
     negative: Any
     scale: float
     batched: bool
+    gradient: CfgGradient = "full"
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -58,8 +61,13 @@ def prompted_velocity(model: FlowModel, embeddings: Any) -> ConditionedVelocity:
     """
     embeddings = embeddings.to(model.device, next(model.transformer.parameters()).dtype)
     if isinstance(embeddings, GuidedEmbeddings):
-        return GuidedVelocity(model, embeddings)
+        return GUIDED[embeddings.gradient](model, embeddings)
     return PromptedVelocity(model, embeddings)
+
+
+def undetached(velocity: ConditionedVelocity) -> ConditionedVelocity:
+    """``velocity`` with all of its gradient, whatever part of it is trained on."""
+    return GuidedVelocity(velocity.model, velocity.embeddings) if isinstance(velocity, DetachedVelocity) else velocity
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class GuidedVelocity:
         return self._combined(*self._both(latents, sigma))
 
     def select(self, samples: Tensor) -> GuidedVelocity:
-        return GuidedVelocity(self.model, self.embeddings[samples])
+        return replace(self, embeddings=self.embeddings[samples])
 
     def branches(self, latents: Tensor, sigma: Tensor, cotangent: Tensor) -> list[tuple[VelocityFn, Tensor]]:
         """The two velocities and what each gets of ``cotangent``, or the combined one where one forward holds both.
@@ -129,3 +137,25 @@ class GuidedVelocity:
 
     def _negatives(self, count: int) -> Any:
         return self.embeddings.negative[torch.zeros(count, dtype=torch.int64)]
+
+
+@dataclass(frozen=True)
+class DetachedVelocity(GuidedVelocity):
+    """A `GuidedVelocity` whose gradient goes through the prompt's velocity alone: ``scale`` times that one's."""
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().__call__(latents, sigma)
+        with torch.no_grad():
+            negative = self._negative(latents, sigma)
+        return self._combined(self._prompt(latents, sigma), negative)
+
+    def branches(self, latents: Tensor, sigma: Tensor, cotangent: Tensor) -> list[tuple[VelocityFn, Tensor]]:
+        """The prompt's velocity; of a weighted sum it does not depend on the negative one, which is left out."""
+        if isinstance(self.model, GuidingModel):
+            return [(self, cotangent)]
+        return [(self._prompt, self.embeddings.scale * cotangent)]
+
+
+GUIDED: Mapping[CfgGradient, type[GuidedVelocity]] = {"full": GuidedVelocity, "detached": DetachedVelocity}
+"""By which velocities carry gradient."""

@@ -16,7 +16,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leapalign.config import ModelConfig
+from leapalign.config import ModelConfig, SigmaSpacing
 from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
@@ -83,8 +83,11 @@ class ZImageModel:
         shape = (self.transformer.config.in_channels, self.rows, self.columns)
         return normal_latents(seeds, shape).to(self.device)
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        """The scheduler's noise levels ``(num_steps + 1,)``, for this resolution where they depend on it."""
+    def sigmas(self, num_steps: int, spacing: SigmaSpacing = "pipeline") -> Tensor:
+        """The scheduler's noise levels ``(num_steps + 1,)``, for this resolution where they depend on it.
+
+        The pipeline's are linear.
+        """
         shift = resolution_shift(self.scheduler.config, (self.rows // 2) * (self.columns // 2))
         self.scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(num_steps), mu=shift)
         return self.scheduler.sigmas.clone()

@@ -17,11 +17,10 @@ from leapalign.config import Config
 from leapalign.inputs.networks import require_class
 from leapalign.inputs.validation import UserError, brief
 from leapalign.methods import get_method
-from leapalign.models import assembled
+from leapalign.models import assembled, guided
 from leapalign.models.folder import holds
 from leapalign.models.lora import add_adapter, planned_adapter
 from leapalign.models.protocol import FlowModel
-from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.reward_gradient import RewardTerm
 from leapalign.rewards import reward_terms, simulated_reward
 from leapalign.storage.embedded import resolve
@@ -74,11 +73,8 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any], rol
     with making:
         rewards = reward_terms(config, simulated_reward)
         size = rollouts * min(config.rollout.batch_size, config.train.batch_size)
-        embeddings: Any = model.blank_embeddings(size, _longest_prompt(folder))
-    if config.model.true_cfg_scale != 1:
-        scale, batched = config.model.true_cfg_scale, config.model.true_cfg_batched
-        embeddings = GuidedEmbeddings(embeddings, embeddings[:1], scale, batched)
-    return Skeleton(model, rewards, embeddings)
+        embeddings = model.blank_embeddings(size, _longest_prompt(folder))
+    return Skeleton(model, rewards, guided(config.model, embeddings, embeddings[:1]))
 
 
 def skeleton_trainer(config: Config, parts: Skeleton, device: torch.device) -> Trainer:

@@ -119,7 +119,8 @@ def probe(config: Config, prompts: Sequence[str], steps: int, seed: int) -> list
     model = sampling_model(config, None)
     embeddings, seeds = embeddings_to_sample(config, list(prompts)), range(seed, seed + len(prompts))
     size = config.rollout.batch_size
-    generated = batches(model, embeddings, seeds, config.rollout.num_steps, size, "probe, images")
+    sigmas = model.sigmas(config.rollout.num_steps, config.rollout.sigmas)
+    generated = batches(model, embeddings, seeds, sigmas, size, "probe, images")
     latents = torch.cat([made for made, _ in generated])
     rewards = [*(term.reward for term in terms), *held_out.values()]
     place_for_climbing(model, rewards, config.memory, training_device())

@@ -194,6 +194,7 @@ class Run:
                 config.rollout.num_steps,
                 config.rollout.batch_size,
                 "samples",
+                config.rollout.sigmas,
             )
         folder = self.folder / "samples"
         with writing(folder):

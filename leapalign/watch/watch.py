@@ -128,7 +128,7 @@ class Watch:
         """`metric_names` with their means; the latents of each batch, unless the base's are known."""
         config = self.config
         count, size = len(self.prompts) * config.watch.seeds, config.rollout.batch_size
-        sigmas = model.sigmas(config.rollout.num_steps)
+        sigmas = model.sigmas(config.rollout.num_steps, config.rollout.sigmas)
         columns, smalls, made = defaultdict[str, list[Tensor]](list), list[Tensor](), list[Tensor]()
         with (
             lent_device(self.rewards.values(), model.device),

@@ -137,6 +137,48 @@ def test_one_branch_after_the_other_has_the_same_gradient(folder: Path) -> None:
     assert less < 0.7 * most
 
 
+def inline_gradient(model: Any, embeddings: Any, rollout: Rollout) -> Tensor:
+    """Of the same two leaps in one graph, guidance written out: the norm of each token is the prompt's."""
+    k, j, samples = torch.tensor([0, 1]), torch.tensor([2, 3]), torch.arange(2)
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        c, u = (
+            model.velocity(x, sigma, one) for one in (embeddings.prompts, embeddings.negative[torch.zeros(2).long()])
+        )
+        u = u.detach() if embeddings.gradient == "detached" else u
+        guided = u + 4.0 * (c - u)
+        return guided * c.square().sum(-1, keepdim=True).sqrt() / guided.square().sum(-1, keepdim=True).sqrt()
+
+    sigma_k, sigma_j = rollout.sigmas[k], rollout.sigmas[j]
+    x_k, x_j = rollout.latents[k, samples], rollout.latents[j, samples]
+    predicted = x_k - (sigma_k - sigma_j).view(-1, 1, 1) * velocity(x_k, sigma_k)
+    connected = x_j + predicted - predicted.detach()
+    end = connected - sigma_j.view(-1, 1, 1) * velocity(0.7 * connected + 0.3 * connected.detach(), sigma_j)
+    end.sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.transformer.parameters() if p.grad is not None])
+    model.transformer.zero_grad(set_to_none=True)
+    return gradient
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("gradient", ["full", "detached"])
+def test_the_staged_gradient_is_the_inline_one(folder: Path, gradient: Any, batched: bool) -> None:
+    config = ModelConfig(
+        path=str(folder),
+        true_cfg_scale=4.0,
+        negative_prompt=NEGATIVE,
+        true_cfg_batched=batched,
+        cfg_gradient=gradient,
+        **SIZE,
+    )
+    model, embeddings = load_model(config), encode_prompts(config, PROMPTS)
+    model.transformer.double()
+    noise, sigmas = model.draw_noise(checks.SEEDS).double(), model.sigmas(checks.STEPS).double()
+    rollout = sample_rollout(prompted_velocity(model, embeddings), noise, sigmas)
+    staged, _ = guided_gradient(model, embeddings, rollout)
+    assert relative_difference(staged, inline_gradient(model, embeddings, rollout)) <= 1e-10
+
+
 def test_attention_that_takes_no_mask_is_not_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = load_model(ModelConfig(path=str(folder), **SIZE)).transformer
     asked: list[Any] = []

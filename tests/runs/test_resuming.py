@@ -74,6 +74,9 @@ ELSEWHERE = {
     "model.compile": "compiling takes minutes",
     "model.guidance": "the tiny model takes none",
     "model.negative_prompt": "together with model.true_cfg_scale",
+    "model.cfg_gradient": "together with model.true_cfg_scale",
+    "model.cfg_gradient_compensated": "together with model.true_cfg_scale",
+    "rollout.sigmas": "the tiny model's are linear",
     "memory.checkpoint_every": "streamed weights need 1",
     "diagnostics.true_gradient_every": "needs gradients on the device",
     "train.iterations": "every resumed run here has more",
@@ -168,7 +171,8 @@ def test_where_things_live_and_what_is_shown_may_change(
 def test_the_rest_trains(run: Path, parts: Path, unchanged: bytes) -> None:
     asked = ("memory.checkpointing=blocks", "memory.checkpoint_every=2", "diagnostics.true_gradient_every=1")
     guided = ("model.true_cfg_scale=2", "model.negative_prompt=a cross", "model.guidance=1")
-    assert resumed(run, parts, *asked, *guided) != unchanged
+    gradient = ("model.cfg_gradient=detached", "model.cfg_gradient_compensated=true")
+    assert resumed(run, parts, *asked, *guided, *gradient) != unchanged
     assert "true_gradient_cosine" in read_metrics(run)[-1]
 
 
