@@ -37,6 +37,7 @@ STAND_INS = {
     "--config recipes/flux1_dev/leapalign_hpsv2": "--config configs/recipes/flux1_dev/leapalign_hpsv2.yaml",
     "--config recipes/flux1_dev/leapalign_hpsv3": "--config configs/recipes/flux1_dev/leapalign_hpsv3.yaml",
     "--cases 50000": "--cases 20",
+    "--images 96 --steps 30": "--images 4 --steps 4",
 }
 """What a command says, and what is run: names in capitals stand for something, and large numbers take minutes."""
 PAGE_STAND_INS = {
@@ -64,6 +65,7 @@ PARSED_ONLY = {
     "python benchmarks/families.py": "minutes of simulations; tests/planning has them",
     "python benchmarks/activation_memory.py": "tests/planning has it",
     "python benchmarks/gradient_agreement.py": "minutes",
+    "python benchmarks/gradient_accumulation.py": "tests would wait a minute for it",
     "python benchmarks/host_adamw.py": "needs what a C++ compiler builds",
 }
 FILES = {
