@@ -1,7 +1,7 @@
 """Differentiable rewards by name: ``reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,)``.
 
-A loaded reward may have an attribute ``highest``, a score that no image exceeds, and ``prompt_limit``, a
-`leapalign.inputs.prompt_limits.PromptLimit` where it cuts prompts.
+A loaded reward may have an attribute ``highest``, a score that no image exceeds, ``title``, what errors call it, and
+``prompt_limit``, a `leapalign.inputs.prompt_limits.PromptLimit` where it cuts prompts.
 """
 
 from __future__ import annotations
