@@ -26,6 +26,7 @@ RESUMED: dict[str, str] = {
     "model.path": "checkpoints hold the weights of this model",
     "model.dtype": "weights and moments are saved in it",
     "model.guidance": UNLESS_WATCHED,
+    "model.max_sequence_length": UNLESS_WATCHED,
     "model.true_cfg_scale": UNLESS_WATCHED,
     "model.negative_prompt": UNLESS_WATCHED,
     "model.true_cfg_batched": MAY_CHANGE,

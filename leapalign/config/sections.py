@@ -34,6 +34,8 @@ class ModelConfig:
     """Of the weights, and of the arithmetic in the transformer and the decoder; latents are float32."""
     guidance: NonNegativeFloat = 3.5
     """Guidance scale, for models distilled to take it as an input."""
+    max_sequence_length: PositiveInt | None = None
+    """Most tokens of a prompt, of text encoders but CLIP; default: as the model's own pipeline."""
     true_cfg_scale: NonNegativeFloat = 1.0
     """Classifier-free guidance, ``v_negative + scale (v_prompt - v_negative)``; 1: off, one velocity a step."""
     negative_prompt: str = ""

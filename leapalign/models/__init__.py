@@ -64,7 +64,9 @@ def compile_blocks(transformer: Any) -> None:
 
 def assembled(parts: Parts, config: ModelConfig) -> FlowModel:
     """The model of ``parts``, by its family. Raises UserError where one cannot be read."""
-    return family_of(parts.path).assemble(parts, config)
+    family = family_of(parts.path)
+    family.text_length.of(config.max_sequence_length)  # or its refusal would come after the weights
+    return family.assemble(parts, config)
 
 
 def family_of(path: str) -> Family:
@@ -103,7 +105,12 @@ def text_encoders(config: ModelConfig, device: torch.device) -> Iterator[TextEnc
     Raises UserError where there are none, or one lacks something: before the first encodes thousands of prompts.
     """
     path = resolve(config.path)
-    return family_of(path).text_encoders(path, device, text_dtype(config, device))
+    return family_of(path).text_encoders(path, device, text_dtype(config, device), text_tokens(config))
+
+
+def text_tokens(config: ModelConfig) -> int:
+    """Most tokens of a prompt that ``config`` has encoded. Raises UserError where the model does not take so many."""
+    return family_of(resolve(config.path)).text_length.of(config.max_sequence_length)
 
 
 def text_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:

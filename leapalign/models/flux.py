@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,10 +16,8 @@ from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, linear_sigmas, normal_latents, resolution_shift, rounded_time
-from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
-
-TEXT_TOKENS = 512
-"""Longest prompt, in tokens, as FLUX.1's pipeline has it; a folder's tokenizer may say less."""
+from leapalign.models.text_encoders import Encoding, LimitedEncoder, TextEncoder, loaded_in_turn
+from leapalign.models.text_length import TextLength
 
 
 class FluxModel:
@@ -28,6 +27,8 @@ class FluxModel:
     not divide into tokens.
     """
 
+    text_length = TextLength(default=512, longest=512)
+
     def __init__(
         self,
         transformer: FluxTransformer2DModel,
@@ -36,12 +37,13 @@ class FluxModel:
         width: int,
         vae: AutoencoderKL,
         guidance: float = 3.5,
+        tokens: int = text_length.default,
     ) -> None:
         self.transformer = transformer.eval()
         self.scheduler = scheduler
         # Trained through, never itself.
         self.vae = vae.eval().requires_grad_(False)
-        self.guidance = guidance
+        self.guidance, self.tokens = guidance, tokens
         self.device = torch.device("cpu")
         # FLUX packs 2x2 latents into a token.
         pixels_per_token = 2 * 2 ** (len(vae.config.block_out_channels) - 1)
@@ -63,21 +65,23 @@ class FluxModel:
             config.width,
             parts.part(AutoencoderKL, "vae"),
             config.guidance,
+            cls.text_length.of(config.max_sequence_length),
         )
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
         """CLIP's, for ``pooled (B, P)``; then T5's, for ``tokens (B, L, D)``."""
-        encoders = [(("text_encoder", "tokenizer"), _clip), (("text_encoder_2", "tokenizer_2"), _t5)]
+        t5: Encoding = functools.partial(_t5, tokens)
+        encoders = [(("text_encoder", "tokenizer"), _clip), (("text_encoder_2", "tokenizer_2"), t5)]
         return loaded_in_turn(FluxPipeline, folder, encoders, device, dtype)
 
-    def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
-        """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
+    def blank_embeddings(self, count: int, tokens: int) -> PromptEmbeddings:
+        """Embeddings of nothing for ``count`` prompts, as long as those of a tokenizer that allows ``tokens``."""
         config = self.transformer.config
         return PromptEmbeddings(
             {
                 "pooled": torch.zeros(count, config.pooled_projection_dim),
-                "tokens": torch.zeros(count, tokens or TEXT_TOKENS, config.joint_attention_dim),
+                "tokens": torch.zeros(count, min(tokens, self.tokens), config.joint_attention_dim),
             }
         )
 
@@ -127,8 +131,8 @@ def _clip(pipeline: Any) -> TextEncoder:
     )
 
 
-def _t5(pipeline: Any) -> TextEncoder:
-    length, dtype = min(TEXT_TOKENS, pipeline.tokenizer_2.model_max_length), pipeline.text_encoder_2.dtype
+def _t5(tokens: int, pipeline: Any) -> TextEncoder:
+    length, dtype = min(tokens, pipeline.tokenizer_2.model_max_length), pipeline.text_encoder_2.dtype
     return LimitedEncoder(
         lambda prompts: {
             "tokens": pipeline._get_t5_prompt_embeds(list(prompts), max_sequence_length=length, dtype=dtype)

@@ -5,6 +5,7 @@ Klein base takes classifier-free guidance (``true_cfg_scale``); dev was distille
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,9 +28,7 @@ from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import linear_sigmas, normal_latents, rounded_time
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, loaded_in_turn
-
-TEXT_TOKENS = 512
-"""Longest prompt, in tokens, as FLUX.2's pipelines have it; a folder's tokenizer may say less."""
+from leapalign.models.text_length import TextLength
 
 
 class Flux2Model:
@@ -39,6 +38,8 @@ class Flux2Model:
     statistics. Raises UserError for a size that does not divide into tokens.
     """
 
+    text_length = TextLength(default=512, longest=512)
+
     def __init__(
         self,
         transformer: Flux2Transformer2DModel,
@@ -47,12 +48,13 @@ class Flux2Model:
         height: int,
         width: int,
         guidance: float,
+        tokens: int = text_length.default,
     ) -> None:
         self.transformer = transformer.eval()
         self.scheduler = scheduler
         # Trained through, never itself.
         self.decoder = vae.eval().requires_grad_(False)
-        self.guidance = guidance
+        self.guidance, self.tokens = guidance, tokens
         self.device = torch.device("cpu")
         # A token is 2x2 latents.
         pixels_per_token = 2 * 2 ** (len(vae.config.block_out_channels) - 1)
@@ -70,12 +72,13 @@ class Flux2Model:
             config.height,
             config.width,
             config.guidance,
+            cls.text_length.of(config.max_sequence_length),
         )
 
-    def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
-        """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
+    def blank_embeddings(self, count: int, tokens: int) -> PromptEmbeddings:
+        """Embeddings of nothing for ``count`` prompts, as long as those of a tokenizer that allows ``tokens``."""
         width = self.transformer.config.joint_attention_dim
-        return PromptEmbeddings({"tokens": torch.zeros(count, tokens or TEXT_TOKENS, width)})
+        return PromptEmbeddings({"tokens": torch.zeros(count, min(tokens, self.tokens), width)})
 
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents, one seed an image, as the pipeline draws them: ``(len(seeds), tokens, channels)``
@@ -128,35 +131,37 @@ class Flux2KleinModel(Flux2Model):
     """FLUX.2 klein: prompts are three hidden states of Qwen3, side by side."""
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
         """Qwen3's, for ``tokens (B, L, D)``."""
-        return loaded_in_turn(Flux2KleinPipeline, folder, [(("text_encoder", "tokenizer"), _klein)], device, dtype)
+        encoders = [(("text_encoder", "tokenizer"), functools.partial(_klein, tokens))]
+        return loaded_in_turn(Flux2KleinPipeline, folder, encoders, device, dtype)
 
 
 class Flux2DevModel(Flux2Model):
     """FLUX.2 dev: prompts, after the pipeline's system message, are three hidden states of Mistral 3, side by side."""
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
         """Mistral 3's, for ``tokens (B, L, D)``."""
-        return loaded_in_turn(Flux2Pipeline, folder, [(("text_encoder", "tokenizer"), _dev)], device, dtype)
+        encoders = [(("text_encoder", "tokenizer"), functools.partial(_dev, tokens))]
+        return loaded_in_turn(Flux2Pipeline, folder, encoders, device, dtype)
 
 
-def _klein(pipeline: Any) -> TextEncoder:
-    length = min(TEXT_TOKENS, pipeline.tokenizer.model_max_length)
+def _klein(tokens: int, pipeline: Any) -> TextEncoder:
+    length = min(tokens, pipeline.tokenizer.model_max_length)
     text = chat_text(pipeline.tokenizer, enable_thinking=False)
     return LimitedEncoder(_tokens(pipeline, length), PromptLimit.of(pipeline.tokenizer, length, text))
 
 
-def _dev(pipeline: Any) -> TextEncoder:
+def _dev(tokens: int, pipeline: Any) -> TextEncoder:
     processor, system = pipeline.tokenizer, pipeline.system_message
 
     def lengths(prompts: Sequence[str]) -> list[int]:
         chats = format_input(list(prompts), system)
         found = processor.apply_chat_template(chats, add_generation_prompt=False, tokenize=True, return_dict=True)
-        return [len(tokens) for tokens in found["input_ids"]]
+        return [len(prompt) for prompt in found["input_ids"]]
 
-    return LimitedEncoder(_tokens(pipeline, TEXT_TOKENS), PromptLimit(TEXT_TOKENS, lengths))
+    return LimitedEncoder(_tokens(pipeline, tokens), PromptLimit(tokens, lengths))
 
 
 def _tokens(pipeline: Any, length: int) -> TextEncoder:

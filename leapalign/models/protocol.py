@@ -12,6 +12,7 @@ from leapalign.config import ModelConfig, SigmaSpacing
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.text_encoders import TextEncoder
+from leapalign.models.text_length import TextLength
 
 
 class Family(Protocol):
@@ -21,8 +22,16 @@ class Family(Protocol):
         """The model of ``parts``. Raises UserError where one cannot be read, or the size of images does not fit."""
         ...
 
-    def text_encoders(self, folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
-        """One encoder after the other, each gone when the next is loaded. Raises UserError where there are none."""
+    text_length: TextLength
+    """How much of a prompt it reads."""
+
+    def text_encoders(
+        self, folder: str, device: torch.device, dtype: torch.dtype, tokens: int
+    ) -> Iterator[TextEncoder]:
+        """One encoder after the other, each gone when the next is loaded, which read ``tokens`` of a prompt.
+
+        Raises UserError where there are none.
+        """
         ...
 
 
@@ -42,8 +51,8 @@ class FlowModel(Protocol):
         """The network that makes images of latents; None where latents are images."""
         ...
 
-    def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
-        """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
+    def blank_embeddings(self, count: int, tokens: int) -> PromptEmbeddings:
+        """Embeddings of nothing for ``count`` prompts, as long as those of a tokenizer that allows ``tokens``."""
         ...
 
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,9 +22,7 @@ from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import linear_sigmas, normal_latents, resolution_shift, rounded_time
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
-
-TEXT_TOKENS = 512
-"""Longest prompt, in tokens, as the pipeline has it."""
+from leapalign.models.text_length import TextLength
 
 
 class QwenImageModel:
@@ -33,6 +32,8 @@ class QwenImageModel:
     not divide into tokens.
     """
 
+    text_length = TextLength(default=512, longest=1024)
+
     def __init__(
         self,
         transformer: QwenImageTransformer2DModel,
@@ -40,12 +41,13 @@ class QwenImageModel:
         vae: AutoencoderKLQwenImage,
         height: int,
         width: int,
+        tokens: int = text_length.default,
     ) -> None:
         self.transformer = transformer.eval()
         self.scheduler = scheduler
         # Trained through, never itself.
         self.decoder = vae.eval().requires_grad_(False)
-        self.device = torch.device("cpu")
+        self.device, self.tokens = torch.device("cpu"), tokens
         # 2x2 latents make a token.
         pixels_per_token = 2 * 2 ** len(vae.config.temperal_downsample)
         if height % pixels_per_token or width % pixels_per_token:
@@ -61,17 +63,18 @@ class QwenImageModel:
             parts.part(AutoencoderKLQwenImage, "vae"),
             config.height,
             config.width,
+            cls.text_length.of(config.max_sequence_length),
         )
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
         """Qwen2.5-VL's, for ``tokens (B, L, D)`` and ``mask (B, L)`` bool, true where a prompt has a token."""
-        return loaded_in_turn(QwenImagePipeline, folder, [(("text_encoder", "tokenizer"), _qwen)], device, dtype)
+        encoders = [(("text_encoder", "tokenizer"), functools.partial(_qwen, tokens))]
+        return loaded_in_turn(QwenImagePipeline, folder, encoders, device, dtype)
 
-    def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
-        """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
-        length = tokens or TEXT_TOKENS
-        width = self.transformer.config.joint_attention_dim
+    def blank_embeddings(self, count: int, tokens: int) -> PromptEmbeddings:
+        """Embeddings of nothing for ``count`` prompts, as long as those of a tokenizer that allows ``tokens``."""
+        length, width = min(tokens, self.tokens), self.transformer.config.joint_attention_dim
         return PromptEmbeddings(
             {"tokens": torch.zeros(count, length, width), "mask": torch.ones(count, length, dtype=torch.bool)}
         )
@@ -120,14 +123,14 @@ class QwenImageModel:
         return pixels / 2 + 0.5
 
 
-def _qwen(pipeline: Any) -> TextEncoder:
+def _qwen(most: int, pipeline: Any) -> TextEncoder:
     def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
         tokens, mask = pipeline._get_qwen_prompt_embeds(list(prompts))
-        return {"tokens": tokens[:, :TEXT_TOKENS], "mask": mask[:, :TEXT_TOKENS].bool()}
+        return {"tokens": tokens[:, :most], "mask": mask[:, :most].bool()}
 
     # Of the template's tokens the first ones are dropped once they are read.
     dropped = pipeline.prompt_template_encode_start_idx
-    whole = PromptLimit.of(pipeline.tokenizer, TEXT_TOKENS + dropped, pipeline.prompt_template_encode.format)
+    whole = PromptLimit.of(pipeline.tokenizer, most + dropped, pipeline.prompt_template_encode.format)
     return LimitedEncoder(
-        encode, PromptLimit(TEXT_TOKENS, lambda prompts: [length - dropped for length in whole.lengths(prompts)])
+        encode, PromptLimit(most, lambda prompts: [length - dropped for length in whole.lengths(prompts)])
     )

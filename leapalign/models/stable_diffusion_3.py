@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,13 +22,12 @@ from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts, holds
 from leapalign.models.latents import decoded, linear_sigmas, normal_latents, resolution_shift
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
+from leapalign.models.text_length import TextLength
 
 CLIP_TOKENS = 77
 """Length of a prompt to both CLIP encoders."""
 T5 = "text_encoder_3"
 """Which a model may come without: zeros then stand for what it would make of a prompt."""
-T5_TOKENS = 256
-"""Longest prompt to T5, as the pipeline has it; a folder's tokenizer may say less."""
 
 
 class StableDiffusion3Model:
@@ -37,6 +37,8 @@ class StableDiffusion3Model:
     patches, or has more of them than the model has positions for.
     """
 
+    text_length = TextLength(default=256, longest=512)
+
     def __init__(
         self,
         transformer: SD3Transformer2DModel,
@@ -45,8 +47,9 @@ class StableDiffusion3Model:
         height: int,
         width: int,
         t5: bool = True,
+        tokens: int = text_length.default,
     ) -> None:
-        """t5: whether prompts are encoded with T5, too."""
+        """t5: whether prompts are encoded with T5, too. tokens: most that it reads of a prompt."""
         self.transformer = transformer.eval()
         self.scheduler = scheduler
         # Trained through, never itself.
@@ -59,7 +62,7 @@ class StableDiffusion3Model:
         if max(height, width) > longest:
             raise UserError(f"model.height {height} and model.width {width} must be at most {longest}")
         self.rows, self.columns = height // factor, width // factor
-        self.t5 = t5
+        self.t5, self.tokens = t5, tokens
 
     @classmethod
     def assemble(cls, parts: Parts, config: ModelConfig) -> StableDiffusion3Model:
@@ -71,22 +74,23 @@ class StableDiffusion3Model:
             config.height,
             config.width,
             parts.holds(T5),
+            cls.text_length.of(config.max_sequence_length),
         )
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
         """Both CLIPs', for ``clip (B, L, C)`` and ``pooled (B, P)``; then T5's, if any, for ``t5 (B, M, D)``."""
         # The pipeline asks the first CLIP for the dtype of the second: they come together.
         clips = [(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), _clip)]
-        t5 = [((T5, "tokenizer_3"), _t5)] if holds(folder, T5) else []
+        t5 = [((T5, "tokenizer_3"), functools.partial(_t5, tokens))] if holds(folder, T5) else []
         return loaded_in_turn(StableDiffusion3Pipeline, folder, [*clips, *t5], device, dtype)
 
-    def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
-        """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows)."""
+    def blank_embeddings(self, count: int, tokens: int) -> PromptEmbeddings:
+        """Embeddings of nothing for ``count`` prompts, as long as those of a tokenizer that allows ``tokens``."""
         config = self.transformer.config
         # CLIP's parts side by side, each token's as wide as its pooled embedding.
-        clip = torch.zeros(count, min(tokens or CLIP_TOKENS, CLIP_TOKENS), config.pooled_projection_dim)
-        t5 = {"t5": torch.zeros(count, tokens or T5_TOKENS, config.joint_attention_dim)} if self.t5 else {}
+        clip = torch.zeros(count, min(tokens, CLIP_TOKENS), config.pooled_projection_dim)
+        t5 = {"t5": torch.zeros(count, min(tokens, self.tokens), config.joint_attention_dim)} if self.t5 else {}
         return PromptEmbeddings({"clip": clip, "pooled": torch.zeros(count, config.pooled_projection_dim), **t5})
 
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
@@ -112,7 +116,7 @@ class StableDiffusion3Model:
         parts = {name: part.to(device, dtype) for name, part in embeddings.parts.items()}
         clip, pooled, t5 = parts["clip"], parts["pooled"], parts.get("t5")
         if t5 is None:
-            t5 = clip.new_zeros(len(clip), T5_TOKENS, self.transformer.config.joint_attention_dim)
+            t5 = clip.new_zeros(len(clip), self.tokens, self.transformer.config.joint_attention_dim)
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return self.transformer(
             hidden_states=latents.to(dtype),
@@ -139,8 +143,8 @@ def _clip(pipeline: Any) -> TextEncoder:
     return LimitedEncoder(encode, PromptLimit.of(pipeline.tokenizer, pipeline.tokenizer_max_length))
 
 
-def _t5(pipeline: Any) -> TextEncoder:
-    length, dtype = min(T5_TOKENS, pipeline.tokenizer_3.model_max_length), pipeline.text_encoder_3.dtype
+def _t5(tokens: int, pipeline: Any) -> TextEncoder:
+    length, dtype = min(tokens, pipeline.tokenizer_3.model_max_length), pipeline.text_encoder_3.dtype
     return LimitedEncoder(
         lambda prompts: {"t5": pipeline._get_t5_prompt_embeds(list(prompts), max_sequence_length=length, dtype=dtype)},
         PromptLimit.of(pipeline.tokenizer_3, length),

@@ -7,6 +7,7 @@ default is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,9 +24,7 @@ from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, normal_latents, resolution_shift
 from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, loaded_in_turn
-
-TEXT_TOKENS = 512
-"""Longest prompt, in tokens, as Z-Image's pipeline has it; a folder's tokenizer may say less."""
+from leapalign.models.text_length import TextLength
 
 
 class ZImageModel:
@@ -35,6 +34,8 @@ class ZImageModel:
     tokens.
     """
 
+    text_length = TextLength(default=512, longest=512)
+
     def __init__(
         self,
         transformer: ZImageTransformer2DModel,
@@ -42,12 +43,13 @@ class ZImageModel:
         vae: AutoencoderKL,
         height: int,
         width: int,
+        tokens: int = text_length.default,
     ) -> None:
         self.transformer = transformer.eval()
         self.scheduler = scheduler
         # Trained through, never itself.
         self.decoder = vae.eval().requires_grad_(False)
-        self.device = torch.device("cpu")
+        self.device, self.tokens = torch.device("cpu"), tokens
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         # A token is 2x2 latents.
         if height % (2 * factor) or width % (2 * factor):
@@ -63,20 +65,22 @@ class ZImageModel:
             parts.part(AutoencoderKL, "vae"),
             config.height,
             config.width,
+            cls.text_length.of(config.max_sequence_length),
         )
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
         """Qwen3's, for ``tokens (B, L, D)`` and, of these, how many belong to the prompt: ``lengths (B,)`` int64."""
-        return loaded_in_turn(ZImagePipeline, folder, [(("text_encoder", "tokenizer"), _tokens)], device, dtype)
+        encoders = [(("text_encoder", "tokenizer"), functools.partial(_tokens, tokens))]
+        return loaded_in_turn(ZImagePipeline, folder, encoders, device, dtype)
 
-    def blank_embeddings(self, count: int, tokens: int | None) -> PromptEmbeddings:
-        """Embeddings of nothing for ``count`` prompts, ``tokens`` long (None: as long as the family allows).
+    def blank_embeddings(self, count: int, tokens: int) -> PromptEmbeddings:
+        """Embeddings of nothing for ``count`` prompts, as long as those of a tokenizer that allows ``tokens``.
 
         Without ``lengths``: all are as long as they can be.
         """
         width = self.transformer.config.cap_feat_dim
-        return PromptEmbeddings({"tokens": torch.zeros(count, tokens or TEXT_TOKENS, width)})
+        return PromptEmbeddings({"tokens": torch.zeros(count, min(tokens, self.tokens), width)})
 
     def draw_noise(self, seeds: Sequence[int]) -> Tensor:
         """Standard normal latents, one seed an image: ``(len(seeds), C, H/8, W/8)`` float32."""
@@ -120,8 +124,8 @@ def _prompts(embeddings: PromptEmbeddings) -> list[Tensor]:
     return [prompt[:length] for prompt, length in zip(tokens, lengths.tolist(), strict=True)]
 
 
-def _tokens(pipeline: Any) -> TextEncoder:
-    length = min(TEXT_TOKENS, pipeline.tokenizer.model_max_length)
+def _tokens(tokens: int, pipeline: Any) -> TextEncoder:
+    length = min(tokens, pipeline.tokenizer.model_max_length)
 
     def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
         found, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)

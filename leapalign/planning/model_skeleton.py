@@ -17,7 +17,7 @@ from leapalign.config import Config
 from leapalign.inputs.networks import require_class
 from leapalign.inputs.validation import UserError, brief
 from leapalign.methods import get_method
-from leapalign.models import assembled, guided
+from leapalign.models import assembled, family_of, guided
 from leapalign.models.folder import holds
 from leapalign.models.lora import add_adapter, planned_adapter
 from leapalign.models.protocol import FlowModel
@@ -42,8 +42,6 @@ KNOWN_MODELS = {
     "Tongyi-MAI/Z-Image-Turbo": SKELETONS / "z_image",
 }
 """By hub id. Those that share a folder have the same networks; Z-Image-Turbo's noise levels are others."""
-TEXT_TOKENS = 512
-"""FLUX.1's length of a prompt; a model folder's tokenizer may say less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +71,8 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any], rol
     with making:
         rewards = reward_terms(config, simulated_reward)
         size = rollouts * min(config.rollout.batch_size, config.train.batch_size)
-        embeddings = model.blank_embeddings(size, _longest_prompt(folder))
+        longest = family_of(str(folder)).text_length.longest
+        embeddings = model.blank_embeddings(size, _tokenizer_length(folder, longest))
     return Skeleton(model, rewards, guided(config.model, embeddings, embeddings[:1]))
 
 
@@ -85,13 +84,13 @@ def skeleton_trainer(config: Config, parts: Skeleton, device: torch.device) -> T
     return Trainer.assembled(config, parts.model, prompts, parts.embeddings, parts.rewards, method, device)
 
 
-def _longest_prompt(folder: Path) -> int | None:
-    """What the tokenizer of the embeddings allows; None where it does not say, or lies elsewhere."""
+def _tokenizer_length(folder: Path, longest: int) -> int:
+    """``longest``, or what the tokenizer of the embeddings allows, where it is there and says less."""
     for name in ("tokenizer_3", "tokenizer_2", "tokenizer"):
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             length = json.loads((folder / name / "tokenizer_config.json").read_text()).get("model_max_length")
-            return int(length) if length and length < TEXT_TOKENS else None
-    return None
+            return min(int(length or longest), longest)
+    return longest
 
 
 @dataclasses.dataclass

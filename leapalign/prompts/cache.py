@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from leapalign.config import ModelConfig
 from leapalign.inputs.validation import UserError, brief, validated
+from leapalign.models import text_tokens
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import read_index
 from leapalign.models.text_encoders import fingerprint
@@ -53,6 +54,8 @@ class Manifest:
     """Of the text encoders' files, where they were there to be read."""
     dtype: str
     """Of the text encoders."""
+    max_sequence_length: int | None = None
+    """Most tokens of a prompt; None, in older ones: as the model's own pipeline."""
     encoders: list[dict[str, list[int]]] | None = None
     """What each text encoder gives, with the shape and so the text length of a row; None until all have run."""
 
@@ -60,7 +63,7 @@ class Manifest:
     def of(cls, config: ModelConfig, dtype: str) -> Manifest:
         """For the model that ``config`` names. Raises UserError where it cannot be read."""
         path = resolve(config.path)
-        return cls(_absolute(path), _pipeline(path), fingerprint(path), dtype)
+        return cls(_absolute(path), _pipeline(path), fingerprint(path), dtype, text_tokens(config))
 
     def is_of(self, config: ModelConfig) -> bool:
         """Whether the model's text encoders are those of the cache; where some are gone, whether its path is.
@@ -115,6 +118,13 @@ class PromptCache:
             raise UserError(
                 f"the prompt cache '{self.folder}' is of the text encoders of '{manifest.model}', not of those of "
                 f"'{config.path}'; use another folder"
+            )
+        wanted = text_tokens(config)
+        held = manifest.max_sequence_length or text_tokens(dataclasses.replace(config, max_sequence_length=None))
+        if held != wanted:
+            raise UserError(
+                f"the prompt cache '{self.folder}' has {held} tokens of a prompt, not {wanted}; set "
+                f"model.max_sequence_length to {held}, or use another folder"
             )
         return manifest
 

@@ -34,6 +34,7 @@ BASE = (
 EFFECTIVE = {
     "threshold": ("threshold=-9",),
     "model.true_cfg_scale": ("model.true_cfg_scale=2",),
+    "model.max_sequence_length": ("model.max_sequence_length=4",),
     "rollout.num_steps": ("rollout.num_steps=4",),
     "method": ("method={name: draft_k}",),
     "reward": ("reward={name: clipscore, path: REWARD}",),
