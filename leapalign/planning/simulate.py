@@ -104,7 +104,8 @@ class _Replay:
     def __call__(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         shapes = tuple(argument.shape for argument in arguments if isinstance(argument, Tensor))
         # Of velocities the kind decides what runs: which of them carry gradient.
-        key = (function, shapes, tuple(map(type, arguments)), options.get("needs_input"))
+        kinds = tuple(map(type, arguments))
+        key = (function, shapes, kinds, options.get("needs_input"), options.get("only_input"))
         if key in self._seen:
             made, more, flops, traffic = self._seen[key]
             self._flops.update(flops)
