@@ -12,6 +12,7 @@ import torch
 from command_line import last_json
 from small_runs import config_of, train
 from tiny_folders import save_stable_diffusion_3
+from torch import Tensor
 
 from leapalign.cli import main
 from leapalign.config import save_config
@@ -53,9 +54,9 @@ def test_evaluate_and_generate_follow_and_say_so(
     steps: list[int] = []
     original = generating.batches
 
-    def noted(model: Any, embeddings: Any, seeds: Any, num_steps: int, *rest: Any) -> Any:
-        steps.append(num_steps)
-        return original(model, embeddings, seeds, num_steps, *rest)
+    def noted(model: Any, embeddings: Any, seeds: Any, sigmas: Tensor, *rest: Any) -> Any:
+        steps.append(len(sigmas) - 1)
+        return original(model, embeddings, seeds, sigmas, *rest)
 
     monkeypatch.setattr(generating, "batches", noted)
     config = config_of(parts, tmp_path / "run", *ASKED, "train.iterations=1", "ema.decay=0.0")

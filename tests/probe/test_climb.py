@@ -171,7 +171,7 @@ def untidy(made: Climb) -> float:
 
 
 def test_a_probe_tells_a_reward_whose_gradient_is_taught_from_plain_ones() -> None:
-    """The critic ranks pictures nearly without fault, and that is all it was trained for. A bad reward asks for grey."""
+    """The critic ranks pictures nearly without fault, which is all it was trained for. A bad reward asks for grey."""
     prompts = [prompt.text for prompt in balanced_prompts(all_prompts(), 24)]
     taught = probe(load_config(Path(TINY), [WITNESS]), prompts, 20, 0)
     assert "leads to better pictures: custom rose" in verdict(taught)
