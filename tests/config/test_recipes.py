@@ -47,6 +47,13 @@ SIZES = {"flux1_dev": (720, 64), SD3: (512, 64), KLEIN: (512, 32)}
 GUIDANCE = {"flux1_dev": (3.5, 1.0), SD3: (3.5, 3.5), KLEIN: (3.5, 4.0)}
 """The distilled scale (the default where a model takes none), and that of classifier-free guidance."""
 
+SAMPLING = {
+    "flux1_dev": ("full", None, "pipeline", 50),
+    SD3: ("detached", 512, "linear", 40),
+    KLEIN: ("detached", None, "pipeline", 50),
+}
+"""Gradient of guidance, tokens of a prompt, noise levels, and steps to evaluate by."""
+
 
 def test_every_recipe_has_its_published_numbers_here() -> None:
     assert sorted(PUBLISHED_METHODS) == RECIPES
@@ -68,6 +75,9 @@ def test_a_recipe_over_a_card_is_the_published_setting(card: str, recipe: str) -
     assert config.model.width == config.model.height
     assert (config.model.guidance, config.model.true_cfg_scale) == GUIDANCE[family]
     assert (config.rollout.num_steps, config.train.iterations, config.ema.decay) == (25, 300, 0.995)
+    model, sigmas = config.model, config.rollout.sigmas
+    assert (model.cfg_gradient, model.max_sequence_length, sigmas, config.evaluate.num_steps) == SAMPLING[family]
+    assert not config.ema.warmup
     optimizer = config.optimizer
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.max_grad_norm) == (0.9, 0.999, 1e-4, 1)
     # The card's: where things live, what is watched, and the model with its dtype.
