@@ -13,6 +13,7 @@ from torch import Tensor
 from leapalign.diagnostics.guards import drop_rollouts, first_fault
 from leapalign.memory.residency import made_for, stage
 from leapalign.methods import Method
+from leapalign.regularization import BaseVelocityPenalty
 from leapalign.reward_gradient import RewardGradient, RewardTerm, reward_gradient
 from leapalign.rollout import Rollout, per_sample
 from leapalign.surrogate import ConditionedVelocity, GradientSink, surrogate_backward
@@ -76,10 +77,12 @@ def method_backward(
     share: float = 1.0,
     microbatch: int | None = None,
     gradient_sink: GradientSink | None = None,
+    penalty: BaseVelocityPenalty | None = None,
 ) -> dict[str, Tensor]:
     """Accumulates the gradient of ``share`` times the method's loss into ``.grad``, or hands it to ``gradient_sink``.
 
-    indices: of one draw, or of several `joined`; the gradient is the mean over all columns.
+    indices: of one draw, or of several `joined`; the gradient is the mean over all columns. penalty: is added to the
+    loss whose gradient it is, and not to the metric ``loss``; ``base_velocity`` is its distance without its weight.
 
     Returns metrics as tensors, an entry a column: ``reward``, ``loss`` and ``hinge_closed``, the method's diagnostics,
     ``gradient_term_R`` (the norm of row R's cotangent) and ``discount_R`` (what its input's gradient was multiplied
@@ -122,6 +125,7 @@ def method_backward(
         )
     discount = torch.zeros(plan.index.shape)
     with stage("surrogate"):
+        distance, apart = penalty.measured(plan, trajectory, velocity) if penalty else (None, None)
         terms = surrogate_backward(
             plan,
             trajectory,
@@ -130,12 +134,14 @@ def method_backward(
             microbatch=microbatch,
             gradient_sink=gradient_sink,
             applied_discount=discount,
+            velocity_gradient=share * apart if apart is not None else None,
         )
     metrics = {
         **_of_all(objective.terms, found),
         **diagnostics,
         **{f"gradient_term_{row}": norms for row, norms in enumerate(terms)},
         **{f"discount_{row}": discount[row] for row in range(1, len(terms)) if plan.discount[row] != 0},
+        **({"base_velocity": distance} if distance is not None else {}),
     }
     by_column = {name: value for name, value in metrics.items() if value.shape == skipped.shape and name != "loss"}
     seen = {name: value.masked_fill(skipped.to(value.device), math.nan) for name, value in by_column.items()}

@@ -87,7 +87,7 @@ def sample_rollout(velocity_fn: VelocityFn, noise: Tensor, sigmas: Tensor) -> Ro
     latents, velocities = [noise], []
     for sigma, sigma_next in itertools.pairwise(sigmas):
         point("rollout")
-        velocity = _evaluated(velocity_fn, latents[-1], sigma.expand(len(noise)).to(noise.device))
+        velocity = evaluated(velocity_fn, latents[-1], sigma.expand(len(noise)).to(noise.device))
         velocities.append(velocity)
         with made_for("latents"):
             latents.append(euler_step(latents[-1], velocity, sigma, sigma_next))
@@ -96,5 +96,6 @@ def sample_rollout(velocity_fn: VelocityFn, noise: Tensor, sigmas: Tensor) -> Ro
 
 
 @repeated
-def _evaluated(velocity_fn: VelocityFn, latents: Tensor, sigma: Tensor) -> Tensor:
+def evaluated(velocity_fn: VelocityFn, latents: Tensor, sigma: Tensor) -> Tensor:
+    """``velocity_fn(latents, sigma)``, where a simulation may step in."""
     return velocity_fn(latents, sigma)

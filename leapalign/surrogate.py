@@ -14,40 +14,17 @@ a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from leap_kernels import combine_gradient_terms
 from torch import Tensor
 
-from leapalign.memory.repetition import repeated
 from leapalign.rollout import Rollout, VelocityFn
-from leapalign.storage.faults import point
+from leapalign.velocity_backward import BranchedVelocity, ConditionedVelocity, GradientSink, velocity_vjp
 
-GradientSink = Callable[[Tensor, Tensor], None]
-"""``sink(parameter, gradient)``: called the moment a backward has completed a parameter's gradient."""
-
-
-@runtime_checkable
-class ConditionedVelocity(Protocol):
-    """A velocity function bound to per-sample conditions, of which a micro-batch needs only some."""
-
-    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor: ...
-
-    def select(self, samples: Tensor) -> ConditionedVelocity:
-        """The same function for the given batch positions ``(N,)`` int64, repeats allowed."""
-        ...
-
-
-@runtime_checkable
-class BranchedVelocity(ConditionedVelocity, Protocol):
-    """A combination of velocities that are differentiated one after the other."""
-
-    def branches(self, latents: Tensor, sigma: Tensor, cotangent: Tensor) -> Sequence[tuple[VelocityFn, Tensor]]:
-        """Velocities and their cotangents, whose vector-Jacobian products add up to that of the combination."""
-        ...
+__all__ = ["BranchedVelocity", "ConditionedVelocity", "GradientSink", "SurrogatePlan", "surrogate_backward"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +82,7 @@ def surrogate_backward(
     microbatch: int | None = None,
     gradient_sink: GradientSink | None = None,
     applied_discount: Tensor | None = None,
+    velocity_gradient: Tensor | None = None,
 ) -> Tensor:
     """Accumulates the surrogate's parameter gradients into ``.grad``, one velocity graph at a time.
 
@@ -119,13 +97,16 @@ def surrogate_backward(
         gradient_sink: takes over parameter gradients as they complete; ``.grad`` is left None.
         applied_discount: ``(K, N)``, filled with the discount that each row's input really got: below the plan's
             where ``max_ratio`` shrank it, 0 where nothing came back to discount.
+        velocity_gradient: ``(K, N, ...)``, what a loss of the velocities themselves adds to ``u_r``. It reaches the
+            parameters, and no input: ``q_r`` and ``lam`` are without it. A row whose input passes gradient on has one
+            more forward for that, the others none.
 
     Returns:
         ``(K, N)`` float32 norms of the gradient terms, ``|u_r|``.
 
     Raises ValueError, before any forward, for a plan or gradient that does not fit the rollout.
     """
-    _check(plan, rollout, x0_gradient, microbatch, applied_discount)
+    _check(plan, rollout, x0_gradient, microbatch, applied_discount, velocity_gradient)
     batch = rollout.batch_size
     conditioned = velocity_fn if isinstance(velocity_fn, ConditionedVelocity) else None
     lam = x0_gradient.to(torch.promote_types(x0_gradient.dtype, torch.float32))
@@ -143,18 +124,19 @@ def surrogate_backward(
         nested = torch.zeros_like(lam) if discount else None
         for part in entries.split(microbatch or batch) if len(entries) else ():
             rows, columns = part.unbind(dim=1)
-            steps, samples = plan.index[group][rows, columns], columns % batch
-            q = _velocity_vjp(
-                conditioned.select(samples) if conditioned else velocity_fn,
-                rollout.latents[steps, samples],
-                rollout.sigmas[steps].to(lam.device),
+            # Only the group's first row passes gradient on.
+            count = int((rows == 0).sum()) if nested is not None else 0
+            q = _part_vjp(
+                conditioned or velocity_fn,
+                rollout,
+                plan.index[group][rows, columns],
+                columns % batch,
                 cotangent[rows, columns],
-                needs_input=nested is not None and int(rows[0]) == 0,
-                gradient_sink=gradient_sink,
+                velocity_gradient[group][rows, columns].to(lam) if velocity_gradient is not None else None,
+                count,
+                gradient_sink,
             )
             if q is not None and nested is not None:
-                # Only the group's first row passes gradient on; what was computed behind it is dropped.
-                count = int((rows == 0).sum())
                 nested[columns[:count]] = q[:count].to(lam.dtype)
         if nested is not None:
             lam, direct_norm, nested_norm = combine_gradient_terms(lam, nested, 1.0, discount, plan.max_ratio)
@@ -170,6 +152,7 @@ def _check(
     x0_gradient: Tensor,
     microbatch: int | None,
     applied_discount: Tensor | None,
+    velocity_gradient: Tensor | None,
 ) -> None:
     columns = plan.index.shape[1]
     if columns % rollout.batch_size:
@@ -190,6 +173,12 @@ def _check(
             f"applied_discount must have the shape of the plan's index, {tuple(plan.index.shape)}, "
             f"got {tuple(applied_discount.shape)}"
         )
+    of_rows = (len(plan.index), *x0_gradient.shape)
+    if velocity_gradient is not None and velocity_gradient.shape != of_rows:
+        raise ValueError(
+            f"velocity_gradient must have the shape of x0_gradient for each row, {of_rows}, "
+            f"got {tuple(velocity_gradient.shape)}"
+        )
 
 
 def _row_groups(discount: list[float], whole: bool) -> Iterator[list[int]]:
@@ -205,54 +194,36 @@ def _row_groups(discount: list[float], whole: bool) -> Iterator[list[int]]:
             group = []
 
 
-@repeated
-def _velocity_vjp(
+def _part_vjp(
     velocity_fn: VelocityFn,
-    latents: Tensor,
-    sigma: Tensor,
+    rollout: Rollout,
+    steps: Tensor,
+    samples: Tensor,
     cotangent: Tensor,
-    needs_input: bool,
+    beside: Tensor | None,
+    passing: int,
     gradient_sink: GradientSink | None,
 ) -> Tensor | None:
-    """Backward through ``velocity_fn``, branch by branch; returns ``J_x^T cotangent`` where ``needs_input``."""
-    latents = latents.detach().requires_grad_(needs_input)
-    branches: Sequence[tuple[VelocityFn, Tensor]] = [(velocity_fn, cotangent)]
-    if isinstance(velocity_fn, BranchedVelocity):
-        branches = velocity_fn.branches(latents, sigma, cotangent)
-    for branch, share in branches:
-        point("surrogate")
-        with torch.enable_grad():
-            velocity = branch(latents, sigma)
-        hooks = []
-        if gradient_sink is not None:
-            parameters = [leaf for leaf in _leaves(velocity) if leaf is not latents]
-            hooks = [p.register_post_accumulate_grad_hook(_hand_over(gradient_sink)) for p in parameters]
-        try:
-            torch.autograd.backward(velocity, share.to(velocity.dtype))
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return latents.grad
+    """`velocity_vjp` of a part's entries, of which the first ``passing`` pass gradient on through their inputs.
 
+    beside: what parameters get beside ``cotangent``, and inputs do not.
+    """
 
-def _hand_over(gradient_sink: GradientSink) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        gradient_sink(parameter, gradient)
+    def vjp(count: int, cotangent: Tensor, needs_input: bool, only_input: bool) -> Tensor | None:
+        of = samples[:count]
+        return velocity_vjp(
+            velocity_fn.select(of) if isinstance(velocity_fn, ConditionedVelocity) else velocity_fn,
+            rollout.latents[steps[:count], of],
+            rollout.sigmas[steps[:count]].to(cotangent.device),
+            cotangent[:count],
+            needs_input=needs_input,
+            only_input=only_input,
+            gradient_sink=gradient_sink,
+        )
 
-    return hook
-
-
-def _leaves(output: Tensor) -> list[Tensor]:
-    """The leaf tensors that the graph of ``output`` accumulates gradients into."""
-    found, seen, stack = [], set(), [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        stack.extend(following for following, _ in node.next_functions)
-    return found
+    if beside is None:
+        return vjp(len(samples), cotangent, needs_input=passing > 0, only_input=False)
+    # One graph walked twice would serve, but compiled and selectively recomputed blocks can be walked once.
+    q = vjp(passing, cotangent, needs_input=True, only_input=True) if passing else None
+    vjp(len(samples), cotangent + beside, needs_input=False, only_input=False)
+    return q

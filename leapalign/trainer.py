@@ -30,6 +30,7 @@ from leapalign.optimizers.optimizer import Optimizer
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.prompts.files import read_prompts
 from leapalign.prompts.order import PromptOrder
+from leapalign.regularization import BaseVelocityPenalty, base_velocity_penalty
 from leapalign.reward_gradient import RewardTerm
 from leapalign.rewards import reward_terms
 from leapalign.rollout import sample_rollout
@@ -54,6 +55,7 @@ class Trainer:
     rewards: list[RewardTerm]
     method: Method
     optimizer: Optimizer
+    penalty: BaseVelocityPenalty | None = None
     iteration: int = 0
     incidents: list[dict[str, Any]] = field(default_factory=list)
     """Of the last iteration: what was not finite, sample by sample, and then as a whole."""
@@ -106,9 +108,11 @@ class Trainer:
     ) -> Trainer:
         """Puts the parts where ``config`` says, with the optimizer that it names."""
         weights = place(model, [term.reward for term in rewards], config.memory, device)
+        # Now, while the weights are the base's: a resumed run's come from a checkpoint later.
+        penalty = base_velocity_penalty(config, model, device)
         parameters = [p for p in model.transformer.parameters() if p.requires_grad]
         optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights)
-        return cls(config, model, prompts, embeddings, rewards, method, optimizer)
+        return cls(config, model, prompts, embeddings, rewards, method, optimizer, penalty)
 
     def run(self) -> Iterator[dict[str, float]]:
         """Trains to the last iteration, and yields the metrics of each.
@@ -230,6 +234,7 @@ class Trainer:
             share=share,
             microbatch=microbatch,
             gradient_sink=self.optimizer.gradient_sink,
+            penalty=self.penalty,
         )
         every = config.diagnostics.true_gradient_every
         if every and self.iteration % every == 0 and positions.start == self._positions.start:

@@ -11,6 +11,7 @@ from leapalign.config.sections import (
     ModelConfig,
     OptimizerConfig,
     PromptsConfig,
+    RegularizationConfig,
     RolloutConfig,
     TrainConfig,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PromptsConfig",
+    "RegularizationConfig",
     "RolloutConfig",
     "SamplesConfig",
     "TrainConfig",

@@ -71,6 +71,7 @@ RESUMED: dict[str, str] = {
     "checkpoint.keep": MAY_CHANGE,
     "samples.every": MAY_CHANGE,
     "samples.count": MAY_CHANGE,
+    "regularization.base_velocity": MAY_CHANGE,
     "evaluate.rewards": MAY_CHANGE,
     "evaluate.num_steps": MAY_CHANGE,
     "evaluate.guidance": MAY_CHANGE,

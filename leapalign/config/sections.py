@@ -151,6 +151,13 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class RegularizationConfig:
+    base_velocity: NonNegativeFloat = 0.0
+    """Weight of the mean squared distance of the velocities that carry gradient to the base model's, at the same
+    latents and noise levels (docs/methods.md); 0: off, and not measured."""
+
+
+@dataclass(frozen=True)
 class Config:
     output: PathText = "runs/leapalign"
     """The run folder."""
@@ -177,6 +184,7 @@ class Config:
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
@@ -232,6 +240,16 @@ class Config:
             raise ValueError("adapters are small enough for the device; set memory.optimizer to device")
         if memory.weights == "streamed" and memory.optimizer == "device" and not self.model.adapted:
             raise ValueError("memory.weights streamed needs memory.optimizer host, where the weights live; set it")
+        if memory.weights == "streamed" and self.regularization.base_velocity and not self.model.adapted:
+            raise ValueError(
+                "regularization.base_velocity cannot change weights that stream for the base's; set memory.weights to "
+                "resident, or train adapters (model.lora_rank)"
+            )
+        if self.regularization.base_velocity and self.diagnostics.true_gradient_every:
+            raise ValueError(
+                "diagnostics.true_gradient_every compares gradients of the reward alone; set it to 0, or "
+                "regularization.base_velocity to 0"
+            )
         if memory.weights == "streamed" and self.model.compile:
             raise ValueError("compiled blocks cannot be streamed; set model.compile to false")
         if memory.weights == "streamed" and (memory.checkpointing != "blocks" or memory.checkpoint_every != 1):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from leapalign.config import ModelConfig
@@ -71,6 +73,19 @@ def start_adapter(transformer: Any, plan: AdapterPlan) -> None:
 
 def has_adapter(transformer: Any) -> bool:
     return bool(getattr(transformer, "peft_config", None))
+
+
+@contextlib.contextmanager
+def without_adapter(transformer: Any) -> Iterator[None]:
+    """Within the block ``transformer`` is what it was before adapters were added."""
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def adapter_alpha(transformer: Any) -> float:

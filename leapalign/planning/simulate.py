@@ -103,7 +103,7 @@ class _Replay:
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         shapes = tuple(argument.shape for argument in arguments if isinstance(argument, Tensor))
-        key = (function, shapes, options.get("needs_input"))
+        key = (function, shapes, options.get("needs_input"), options.get("only_input"))
         if key in self._seen:
             made, more, flops, traffic = self._seen[key]
             self._flops.update(flops)

@@ -47,6 +47,7 @@ EFFECTIVE = {
     "optimizer.warmup_iterations": ("optimizer.warmup_iterations=5",),
     "ema.decay": ("ema.decay=0.01",),
     "train.leaps_per_rollout": ("train.leaps_per_rollout=2",),
+    "regularization.base_velocity": ("regularization.base_velocity=100",),
 }
 # Together, as they change when, where and what is shown; `compile` takes minutes, and is only decided.
 SHOWN = {
