@@ -66,7 +66,8 @@ PARSED_ONLY = {
     "python benchmarks/families.py": "minutes of simulations; tests/planning has them",
     "python benchmarks/activation_memory.py": "tests/planning has it",
     "python benchmarks/gradient_agreement.py": "minutes",
-    "python benchmarks/gradient_accumulation.py": "tests would wait a minute for it",
+    "python benchmarks/guidance_gradient.py": "minutes",
+    "python benchmarks/gradient_accumulation.py": "a minute",
     "python benchmarks/host_adamw.py": "needs what a C++ compiler builds",
 }
 FILES = {
