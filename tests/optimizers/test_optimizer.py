@@ -38,6 +38,12 @@ def give_gradients(weights: list[nn.Parameter], step: int) -> None:
         weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
 
 
+def recorded(benchmark: str) -> list[dict[str, Any]]:
+    """The lines of its results."""
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / f"{benchmark}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_adamw_is_pytorchs_with_clipping() -> None:
     ours, theirs = parameters(), parameters()
     optimizer = optimizer_of(ours, learning_rate=1e-3, max_grad_norm=0.5, weight_decay=0.1)
@@ -135,11 +141,18 @@ def test_gradients_are_scaled_in_float32(name: str, dtype: torch.dtype) -> None:
 
 
 def test_recorded_movements_are_those_of_float32() -> None:
-    file = Path(__file__).parents[2] / "benchmarks" / "results" / "stochastic_rounding.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = recorded("stochastic_rounding")
     assert {(line["optimizer"], line["change"]) for line in lines} == set(itertools.product(ROUNDED, CHANGES))
     assert all(abs(line["stochastic_to_float32"] - 1) < 0.01 for line in lines)
     assert all(line["nearest_to_float32"] < 0.05 for line in lines)
+
+
+def test_recorded_sums_in_bfloat16_are_those_of_float32() -> None:
+    """So gradients of an iteration may add up in bfloat16."""
+    lines = recorded("gradient_accumulation")
+    assert [line["passes"] for line in lines] == [2, 8, 32]
+    assert all(line["relative_error"] < 0.01 for line in lines)
+    assert all(abs(line["norm_ratio"] - 1) < 1e-3 for line in lines)
 
 
 def test_every_optimizer_has_a_name_in_the_configuration() -> None:
