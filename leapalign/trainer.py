@@ -81,11 +81,7 @@ class Trainer:
         prompts = read_prompts(Path(resolve(config.prompts.path)))
         rewards = reward_terms(config)
         model = load_model(config.model)
-        steps = config.rollout.num_steps
-        try:
-            method.plan(model.sigmas(steps, config.rollout.sigmas), **method.draw(steps, 1, torch.Generator()))
-        except ValueError as error:
-            raise UserError(f"method: {error}; change it or rollout.num_steps") from None
+        require_steps(config, model, method)
         require_room(config, model.draw_noise, training_device())
         warn_of_cut([(f"reward {term.name}", term.reward) for term in rewards], lambda: prompts)
         return cls.assembled(config, model, prompts, None, rewards, method, training_device())
@@ -243,3 +239,12 @@ class Trainer:
             x0_gradient = share * objective.true_gradient(rollout, prompts)
             metrics |= agreement(parameters, rollout, undetached(velocity), x0_gradient, microbatch)
         return metrics
+
+
+def require_steps(config: Config, model: FlowModel, method: Method) -> None:
+    """Raises UserError where ``method`` cannot draw from, or plan for, the rollout's steps."""
+    steps = config.rollout.num_steps
+    try:
+        method.plan(model.sigmas(steps, config.rollout.sigmas), **method.draw(steps, 1, torch.Generator()))
+    except ValueError as error:
+        raise UserError(f"method: {error}; change it or rollout.num_steps") from None

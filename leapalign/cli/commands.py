@@ -168,9 +168,10 @@ def probe_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.reports.pages import text_table
     from leapalign.runs.opening import unused_folder
 
-    for name in ("images", "steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
+    # Of one image there is no interval.
+    for name, least in (("images", 2), ("steps", 1)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name} must be at least {least}")
     if arguments.page and arguments.page.exists():
         raise UserError(f"'{arguments.page}' already exists; choose another --page")
     config, _, prompts = _config_and_prompts(arguments, None, overrides, [])

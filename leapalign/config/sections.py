@@ -230,6 +230,8 @@ class Config:
         self._check_memory()
         if self.model.lora_alpha is not None and not self.model.adapted:
             raise ValueError("model.lora_alpha scales adapters; set model.lora_rank, too")
+        if self.model.lora_targets and not self.model.adapted:
+            raise ValueError("model.lora_targets are layers with adapters; set model.lora_rank, too")
         for section, values in (("method", [self.method]), ("reward", self.rewards)):
             if not values or any("name" not in one for one in values):
                 raise ValueError(f"'{section}.name' is missing; add it")

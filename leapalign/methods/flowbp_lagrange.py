@@ -45,6 +45,11 @@ class FlowBPLagrange(StepDraws):
     longest_last_leap: Annotated[int, Field(ge=2, le=1000)] | None = None
     """Most steps that the last leap may have: an earlier j moves there, and k by as many steps; null: any (FlowBP)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.longest_last_leap is not None and self.index_range is not None:
+            raise ValueError("longest_last_leap and index_range both bound where the last leap starts; leave one out")
+
     def draw_steps(self, window: range, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """``k < j``, each ``(B,)`` int64, at least two steps before the end where the window has three."""
         k, j = window.start + dirichlet_starts(self.concentration, len(window), batch_size, generator)

@@ -71,6 +71,8 @@ def published_adapter(path: str) -> Adapter:
 
     Raises UserError, naming ``model.lora_path``, where there is none, or one that is more than `Adapter` is.
     """
+    if Path(path).is_file():
+        raise UserError(f"'{path}' is a file; set model.lora_path to the folder that it lies in")
     try:
         if (file := _file(path, FILE)) is not None:
             found = read_adapter(file.parent)

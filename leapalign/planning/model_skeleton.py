@@ -24,7 +24,7 @@ from leapalign.models.protocol import FlowModel
 from leapalign.reward_gradient import RewardTerm
 from leapalign.rewards import reward_terms, simulated_reward
 from leapalign.storage.embedded import resolve
-from leapalign.trainer import Trainer
+from leapalign.trainer import Trainer, require_steps
 
 SKELETONS = Path(__file__).parent / "skeletons"
 KNOWN_MODELS = {
@@ -77,10 +77,11 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any], rol
 
 
 def skeleton_trainer(config: Config, parts: Skeleton, device: torch.device) -> Trainer:
-    """Of iterations of as many images as ``parts`` have prompts."""
+    """Of iterations of as many images as ``parts`` have prompts. Raises UserError as `require_steps`."""
     size = len(parts.embeddings)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
     method, prompts = get_method(**config.method), ["a prompt"] * size
+    require_steps(config, parts.model, method)
     return Trainer.assembled(config, parts.model, prompts, parts.embeddings, parts.rewards, method, device)
 
 

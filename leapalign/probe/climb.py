@@ -141,7 +141,12 @@ def verdict(climbs: Sequence[Climb]) -> str:
     found = {name: of[-1] for name, of in changes(climbs).items()}
     climbed = [change for name, change in found.items() if name.startswith(CLIMBED)]
     others = {name.removeprefix(f"{HELD_OUT}_"): of for name, of in found.items() if name.startswith(HELD_OUT)}
+    broken = [name for name, change in found.items() if not math.isfinite(change.mean)]
+    if broken:
+        return f"No judgement: {', '.join(broken)} became numbers that are not finite; look into the reward first."
     if not any(change.low > 0 for change in climbed):
+        if any(change.mean > 0 for change in climbed):
+            return "Unclear: the climbed reward did not rise beyond chance; probe more images, or more steps."
         return "The reward does not rise along its own gradient: there is nothing to train on."
     if not others:
         return "No other reward was asked: name some in watch.rewards, or judge by the pictures."

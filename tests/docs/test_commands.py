@@ -46,7 +46,7 @@ PAGE_STAND_INS = {
         "--resume runs/flux1_dev": "--resume runs/flux1_dev train.iterations=2",
         "reward='{name: hpsv2, dtype: bfloat16}' ": "",
     },
-    "docs/methods.md": {"train.iterations=30": "train.iterations=1"},
+    "docs/methods.md": {"train.iterations=60": "train.iterations=1"},
     "docs/watch.md": {"leapalign train --resume RUN": "PYTHONPATH=. leapalign train --resume runs/grey"},
 }
 PARSED_ONLY = {

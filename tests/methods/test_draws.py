@@ -191,6 +191,7 @@ def test_what_cannot_be_drawn_is_said(name: str, options: dict[str, Any], messag
         ("leapalign", {"draws": "unifrom"}, "draws"),
         ("flowbp_bridge", {"active_steps": 1}, "greater than or equal to 2"),
         ("flowbp_lagrange", {"longest_last_leap": 1}, "greater than or equal to 2"),
+        ("flowbp_lagrange", {"longest_last_leap": 3, "index_range": [0, 4]}, "leave one out"),
         ("draft_k", {"steps": 0}, "steps"),
     ],
 )

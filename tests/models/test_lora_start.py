@@ -204,6 +204,19 @@ def test_files_that_do_not_fit_are_one_sentence(
         load_model(ModelConfig(path=trained.model.path, lora_path=str(folder)))
 
 
-def test_alpha_without_adapters_is_refused(parts: Path) -> None:
-    with pytest.raises(UserError, match=r"model.lora_alpha scales adapters; set model.lora_rank, too"):
-        config_of(parts, parts / "none", ALPHA)
+def test_a_file_in_the_place_of_its_folder_is_told_at_once(trained: Config, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"")
+    with pytest.raises(UserError, match=r"is a file; set model.lora_path to the folder"):
+        load_model(ModelConfig(path=trained.model.path, lora_path=str(tmp_path / FILE)))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (ALPHA, "model.lora_alpha scales adapters; set model.lora_rank, too"),
+        ("model.lora_targets=[to_q]", "model.lora_targets are layers with adapters; set model.lora_rank, too"),
+    ],
+)
+def test_what_is_said_of_adapters_without_any_is_refused(parts: Path, given: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_of(parts, parts / "none", given)

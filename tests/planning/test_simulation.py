@@ -96,3 +96,10 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UserError, match="write 80GiB"):
         parse_size(text)
+
+
+def test_a_method_that_the_steps_do_not_suffice_for_is_refused_as_in_training(parts: Path, tmp_path: Path) -> None:
+    method = "method={name: leapalign, index_range: [2, 9]}"
+    config = config_of(parts, tmp_path, "rollout.num_steps=4", method)
+    with pytest.raises(UserError, match=r"method: index_range \[2, 9\] is not a range of the steps 0 to 3"):
+        simulate(config)

@@ -106,6 +106,10 @@ RISES, FALLS, UNCLEAR = [0.1, 0.2, 0.15, 0.12], [-0.1, -0.2, -0.15, -0.12], [0.1
         ({"reward_a": RISES, "held_out_b": UNCLEAR}, "Unclear: b"),
         ({"reward_a": RISES}, "No other reward was asked"),
         ({"reward_a": UNCLEAR, "held_out_b": RISES}, "does not rise along its own gradient"),
+        ({"reward_a": [0.0, 0.0], "held_out_b": [1.0, 1.1]}, "does not rise along its own gradient"),
+        ({"reward_a": [-0.1, 0.3, 0.2, -0.1]}, "Unclear: the climbed reward"),
+        ({"reward_a": [math.nan, 0.3]}, "No judgement: reward_a became"),
+        ({"reward_a": RISES, "held_out_b": [*RISES[:3], math.nan]}, "No judgement: held_out_b became"),
     ],
 )
 def test_the_verdict(ends: dict[str, list[float]], said: str) -> None:
@@ -143,7 +147,7 @@ def test_the_command_tells_climbs_and_leaves_a_page(
 
 @pytest.mark.parametrize(
     ("asked", "told"),
-    [(["--images", "0"], "--images must be at least 1"), (["--steps", "-1"], "--steps must be at least 1")],
+    [(["--images", "1"], "--images must be at least 2"), (["--steps", "-1"], "--steps must be at least 1")],
 )
 def test_bad_requests_are_refused(asked: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "--config", TINY, *asked]) == 2
