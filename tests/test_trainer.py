@@ -92,13 +92,15 @@ def test_run_folder_holds_what_it_promises(parts: Path, tmp_path: Path) -> None:
     assert not list(run.rglob("*.partial"))
 
 
-def test_average_follows_its_formula(parts: Path, tmp_path: Path) -> None:
-    """``avg <- d avg + (1 - d) w`` with ``d = min(0.995, (1 + i) / (10 + i))`` from the second step on."""
-    trainer = Trainer.from_config(config_of(parts, tmp_path / "run", "train.iterations=3"))
+@pytest.mark.parametrize("warmup", [False, True])
+def test_average_follows_its_formula(parts: Path, tmp_path: Path, warmup: bool) -> None:
+    """``avg <- d avg + (1 - d) w`` with ``d = 0.995``, or at most ``(1 + i) / (10 + i)`` from the second step on."""
+    asked = ("train.iterations=3", f"ema.warmup={str(warmup).lower()}")
+    trainer = Trainer.from_config(config_of(parts, tmp_path / "run", *asked))
     average = weights(trainer)
     for record in trainer.run():
         step = int(record["iteration"]) - 1
-        decay = min(0.995, (1 + step) / (10 + step)) if step else 0.0
+        decay = 0.995 if not warmup else min(0.995, (1 + step) / (10 + step)) if step else 0.0
         average = decay * average + (1 - decay) * weights(trainer)
     with trainer.optimizer.averaged_weights():
         torch.testing.assert_close(weights(trainer), average, rtol=1e-5, atol=1e-6)

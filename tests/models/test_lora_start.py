@@ -135,6 +135,8 @@ def test_a_hub_id_is_read_from_the_cache(parts: Path, trained: Config, tmp_path:
 def test_another_alpha_is_no_change_of_a_run(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(["train", "--resume", trained.output, "train.iterations=9", "model.lora_alpha=8"], capsys)
     assert "cannot change model.lora_alpha from 6.0 to 8" in error
+    error = refused(["train", "--resume", trained.output, "train.iterations=9", "model.lora_targets=[to_v]"], capsys)
+    assert "cannot change model.lora_targets from" in error
     assert main(["evaluate", "--run", trained.output, "model.lora_alpha=8"]) == 2
     assert "its adapter has alpha 6, the model 8" in capsys.readouterr().err
 

@@ -47,6 +47,10 @@ EFFECTIVE = {
     "optimizer.schedule": ("optimizer.schedule=cosine",),
     "optimizer.warmup_iterations": ("optimizer.warmup_iterations=5",),
     "ema.decay": ("ema.decay=0.01",),
+    "ema.warmup": ("ema.warmup=true",),
+    "ema.start": ("ema.start=9",),
+    "ema.interval": ("ema.interval=2",),
+    "train.image_clamp": ("train.image_clamp=plain",),
     "train.leaps_per_rollout": ("train.leaps_per_rollout=2",),
     "regularization.base_velocity": ("regularization.base_velocity=100",),
 }
@@ -91,7 +95,6 @@ FORBIDDEN = {
     "model.dtype": "model.dtype=bfloat16",
     "model.lora_rank": "model.lora_rank=2",
     "model.lora_path": "model.lora_path=ADAPTER",
-    "model.lora_targets": "model.lora_targets=[to_q]",
     "model.height": "model.height=32",
     "model.width": "model.width=32",
     "optimizer.name": "optimizer.name=adafactor",
@@ -99,7 +102,7 @@ FORBIDDEN = {
     "train.batch_size": "train.batch_size=4",
     PROMPTS_DIGEST: "prompts.path=OTHER",
 }
-FORBIDDEN_ELSEWHERE = {"model.lora_alpha": "tests/models/test_lora_start.py"}
+FORBIDDEN_ELSEWHERE = dict.fromkeys(("model.lora_alpha", "model.lora_targets"), "tests/models/test_lora_start.py")
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def test_training_learns_and_saves_what_it_scored(model: FluxModel, tmp_path: Pa
 
 def test_following_the_shipped_gradient_leads_towards_the_prompt() -> None:
     """What a reward is for here. A scorer that only ranks well leads pictures away from any that satisfy."""
-    reward = get_reward(**load_config(profiles()["tiny"]).reward)
+    reward = get_reward(**{**load_config(profiles()["tiny"]).reward, "scale": "probability"})
     images, prompts = draw_lesson(240, random.Random(5), torch.Generator().manual_seed(5))
     x = images.clone().requires_grad_()
     (taught,) = torch.autograd.grad(reward(x, prompts).sum(), x)

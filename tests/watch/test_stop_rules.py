@@ -94,7 +94,14 @@ def test_a_run_that_collapses_is_stopped_and_goes_on_by_other_rules(
     parts: Path, tmp_path: Path, grey: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, rule = tmp_path / "run", "diversity < 0.95 base"
-    asked = (grey, "train.iterations=40", "checkpoint.every=20", "samples.every=40", "watch.stop_when=[sharpness > 9]")
+    asked = (
+        grey,
+        "ema.warmup=true",
+        "train.iterations=40",
+        "checkpoint.every=20",
+        "samples.every=40",
+        "watch.stop_when=[sharpness > 9]",
+    )
     assert main([*train_command(parts, run, *asked), f"watch.stop_when=[sharpness > 9, {rule}]", "--json"]) == 0
     printed = capsys.readouterr()
     records = read_watch(run)
