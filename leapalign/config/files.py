@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from leapalign.config.names import known_as
-from leapalign.config.profiles import config_file
+from leapalign.config.profiles import RECIPES, config_file
 from leapalign.config.sections import Config
 from leapalign.inputs.validation import UserError, brief, shortened, validated
 from leapalign.inputs.yaml_values import LONGEST, yaml_values
@@ -56,8 +56,13 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
 
 def load_config(path: Path | Sequence[Path], assignments: Sequence[str] = ()) -> Config:
     """The validated config in ``path``, or the profile called so, with overrides applied; of several, each laid over
-    those before. Raises UserError."""
+    those before. Raises UserError, also for a recipe that lies over nothing: it names no model."""
     paths = [path] if isinstance(path, Path) else path
+    if RECIPES in config_file(paths[0]).parents:
+        raise UserError(
+            f"'{paths[0]}' is a recipe, and names no model; give a card's profile of its model first, as in --config "
+            f"flux1_dev/80gb --config {paths[0]}"
+        )
     values = reduce(_laid_over, map(read_config, paths))
     return config_from(override(values, assignments), " with ".join(map(str, paths)))
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from leapalign.inputs.validation import UserError, did_you_mean, shortened
 
 FOLDER = Path(__file__).parents[1] / "configs"
+RECIPES = FOLDER / "recipes"
+"""Published settings, to lay over the profile of a card."""
 SCHEMA = Path(__file__).with_name("schema.json")
 """The JSON Schema of a config file, by which editors complete one."""
 

@@ -88,8 +88,8 @@ def test_a_recipe_over_a_card_is_the_published_setting(card: str, recipe: str) -
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_loads_by_itself_and_its_method_plans(recipe: str) -> None:
-    config = load_config(Path("recipes") / recipe)
+def test_the_method_of_a_recipe_plans(recipe: str) -> None:
+    config = load_config([Path("tiny"), Path("recipes") / recipe])
     method = get_method(**config.method)
     sigmas = torch.linspace(1, 0, config.rollout.num_steps + 1)
     plan = method.plan(sigmas, **method.draw(config.rollout.num_steps, 64, torch.Generator().manual_seed(0)))
@@ -108,7 +108,7 @@ def test_a_recipe_loads_by_itself_and_its_method_plans(recipe: str) -> None:
 def test_how_much_of_the_trajectory_a_recipe_counts(recipe: str, share: float) -> None:
     """Coefficients of K of 25 equal steps, times 1 + rho (25 / K - 1), add up to rho + (1 - rho) K / 25; by default,
     rho 1, to 1."""
-    options = load_config(Path("recipes") / recipe).method
+    options = load_config([Path("tiny"), Path("recipes") / recipe]).method
     for method, expected in ((get_method(**options), share), (get_method(options["name"]), 1.0)):
         drawn = method.draw(25, 100, torch.Generator().manual_seed(0))
         total = method.plan(torch.linspace(1, 0, 26, dtype=torch.float64), **drawn).coefficient.sum(dim=0)
@@ -141,6 +141,13 @@ def test_what_is_wrong_with_several_names_them(tmp_path: Path, capsys: pytest.Ca
         load_config([Path("tiny"), tmp_path / "mine.yaml"])
     message = refused(["train", "--config", "tiny", "--config", "recipes/flux1_dev/leapalign_hpsv4"], capsys)
     assert "did you mean 'recipes/flux1_dev/leapalign_hpsv" in message
+
+
+@pytest.mark.parametrize("after", [(), ("--config", "tiny")])
+def test_a_recipe_over_nothing_is_refused(after: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """Alone it would train the tiny model; before a profile it would be undone."""
+    message = refused(["train", "--config", "recipes/flux1_dev/leapalign_hpsv2", *after], capsys)
+    assert "is a recipe, and names no model; give a card's profile of its model first" in message
 
 
 def test_a_run_of_two_configs_trains_with_both(tmp_path: Path) -> None:
