@@ -19,8 +19,12 @@ def user_error(error: Exception) -> UserError | None:
     return UserError(FULL) if says_full(error) else None
 
 
+SAID_WHEN_FULL = ("can't allocate memory", "could not create a primitive")
+"""What a RuntimeError says on a CPU: PyTorch's allocator, and oneDNN, which does not give the reason."""
+
+
 def says_full(error: Exception) -> bool:
     """Whether no memory was left, on a GPU or beside it."""
     import torch  # which a config that is wrong need not wait for
 
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(one in str(error) for one in SAID_WHEN_FULL)

@@ -119,7 +119,7 @@ def test_every_command_takes_the_spacing_of_the_rollout(
         (["train", "--config", str(path)], 6),
         (["generate", "--run", run, *one, "--output", str(tmp_path / "images")], 1),
         (["evaluate", "--run", run, "--prompts", str(tmp_path / "held_out.txt")], 2),
-        (["probe", "--config", str(path), "--images", "1", "--steps", "4"], 1),
+        (["probe", "--config", str(path), "--images", "2", "--steps", "4"], 1),
         (["memory", "--config", str(path)], 1),
     ):
         asked.clear()
