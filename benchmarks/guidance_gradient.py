@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterable
 from statistics import mean
 from typing import Any
 
 import torch
 from leap_kernels.tools.report import provenance
-from torch import Tensor, nn
+from torch import Tensor
 
 from leapalign.config import ModelConfig
 from leapalign.diagnostics.true_gradient import true_gradient
@@ -34,11 +33,6 @@ from leapalign.tiny.world import all_prompts, balanced_prompts
 SCALE, NUM_STEPS, BATCH_SIZE, DRAWS, THRESHOLD = 3.5, 25, 4, 2, 1.0
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("draft_k", {"steps": 1}), ("flowbp_sparse", {}), ("leapalign", {}))
 FULL, DETACHED, BOTH = "full", "detached", "detached_to_full"
-
-
-def flat(parameters: Iterable[nn.Parameter], gradients: dict[Any, Tensor]) -> Tensor:
-    """The gradients of all ``parameters`` as one vector; 0 where one has none."""
-    return torch.cat([gradients.get(one, torch.zeros_like(one)).flatten() for one in parameters])
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -65,20 +59,17 @@ def compare(rollouts: int) -> dict[int, dict[str, list[float]]]:
         noise = model.draw_noise(range(part.start, part.stop))
         rollout = sample_rollout(velocities[FULL], noise, model.sigmas(NUM_STEPS, "pipeline"))
         at_images = objective.true_gradient(rollout, prompts[part])
-        exact = flat(parameters, true_gradient(rollout, velocities[FULL], at_images))
+        true = true_gradient(rollout, velocities[FULL], at_images)
+        exact = torch.cat([true[parameter].flatten() for parameter in parameters])
         for number, (name, options) in enumerate(METHODS):
             method = get_method(name, **options)
             for draw in range(DRAWS):
                 indices = method.draw(NUM_STEPS, BATCH_SIZE, torch.Generator().manual_seed(10 * rollout_number + draw))
                 made = {}
                 for kind, velocity in velocities.items():
-                    gradients: dict[Any, Tensor] = {}
-
-                    def add(parameter: Tensor, gradient: Tensor, total: dict[Any, Tensor] = gradients) -> None:
-                        total[parameter] = total[parameter] + gradient if parameter in total else gradient
-
-                    method_backward(method, indices, rollout, velocity, objective, prompts[part], gradient_sink=add)
-                    made[kind] = flat(parameters, gradients)
+                    method_backward(method, indices, rollout, velocity, objective, prompts[part])
+                    made[kind] = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+                    model.transformer.zero_grad(set_to_none=True)
                     found[number][kind].append(cosine(made[kind], exact))
                 found[number][BOTH].append(cosine(made[DETACHED], made[FULL]))
     return found

@@ -56,7 +56,7 @@ class OwnReward(nn.Module):
                 f"{self.title} ends the program instead of giving a score ({place(error)}); take that out, then go on "
                 "with --resume"
             ) from None
-        except Exception as error:
+        except Exception as error:  # whatever the user's function raises
             raise UserError(
                 f"{self.title} raised {type(error).__name__}: {brief(error)} ({place(error)}); correct it, then go on "
                 "with --resume"
