@@ -1,0 +1,118 @@
+"""Every two accesses to the same memory, of which one writes, are ordered; and the checker sees where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from happens_before import Done, VectorClock, World, drop, watched
+from leap_kernels import ema_update_, stochastic_round_
+from places import BYTES, HOST, STREAMED, stack
+from small_runs import config_of
+from torch import nn
+
+from leapalign.config import EmaConfig
+from leapalign.memory import transfer
+from leapalign.memory.host_gradients import HostGradients
+from leapalign.memory.host_weights import HostWeights
+from leapalign.memory.transfer import Lane, ToHost
+from leapalign.optimizers.weight_average import WeightAverage
+from leapalign.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("place", [(), (HOST,), STREAMED, (*STREAMED, "memory.stream_buffers=2")])
+def test_a_run_has_no_races(parts: Path, tmp_path: Path, place: tuple[str, ...]) -> None:
+    with watched() as world:
+        trainer = Trainer.from_config(config_of(parts, tmp_path, BYTES, *place, "train.iterations=2"))
+        if not place:
+            parameters = [p for p in trainer.model.transformer.parameters() if p.requires_grad]
+            trainer.optimizer.average._to_host = ToHost(CPU, parameters)
+        for _ in trainer.run():
+            with trainer.optimizer.averaged_weights():
+                pass
+    assert not world.races, world.races
+    assert all(world.accesses[name] for name in ("host thread", "own stream", "lane", "background"))
+
+
+def scenario(world: World) -> None:
+    """More blocks than buffers, and more gradients than buffers; weights change after a load that nobody needed."""
+    model = stack(5)
+    weights = HostWeights(model, CPU, 2)
+    parameters = list(model.parameters())
+    gradients = HostGradients(parameters, CPU)
+    for _ in range(2):
+        x = torch.ones(1, 3)
+        with torch.no_grad():
+            for block in model.blocks:
+                x = block(x)
+            model.head(x)
+        for parameter in parameters:
+            gradients.add(parameter, torch.ones(parameter.shape))
+        gradients.wait()
+        with weights.changing(), torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(gradients[parameter])
+    on_device = [nn.Parameter(torch.ones(n)) for n in (3, 9, 5, 7)]
+    average = WeightAverage(on_device, EmaConfig(), seed=1)
+    average._to_host = ToHost(CPU, on_device)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in on_device:
+                parameter.add_(0.1)
+        average.update()
+
+
+def test_the_direct_scenario_has_no_races() -> None:
+    with watched() as world:
+        scenario(world)
+    assert not world.races, world.races
+
+
+class _Never:
+    clock = VectorClock()
+
+    def synchronize(self) -> None:
+        pass
+
+
+MUTATIONS: dict[str, tuple[type, str, str, Callable[[], Any]]] = {
+    "a block's copy is not needed": (Lane, "need", "load", lambda: None),
+    "a refreshed copy is not needed": (Lane, "need", "_refresh", lambda: None),
+    "a block's last use is not marked": (Lane, "mark", "load", _Never),
+    "the use before a refresh is not marked": (Lane, "mark", "_refresh", _Never),
+    "copies are not finished before a change": (Lane, "finish", "changing", lambda: None),
+    "what makes a tensor is not marked": (Lane, "mark", "send", _Never),
+    "a full buffer is not waited for": (Done, "result", "send", lambda: None),
+    "gradients are not waited for": (ToHost, "wait", "wait", lambda: None),
+    "the average is not waited for": (ToHost, "wait", "update", lambda: None),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_what_is_not_ordered_is_reported(monkeypatch: pytest.MonkeyPatch, mutation: str) -> None:
+    drop(monkeypatch, *MUTATIONS[mutation])
+    with watched() as world:
+        scenario(world)
+    assert world.races
+
+
+def test_a_read_before_arrival_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = transfer._use
+    monkeypatch.setattr(transfer, "_use", lambda arrived, *rest: real(_Never(), *rest))
+    with watched() as world:
+        scenario(world)
+    assert world.races
+
+
+def test_kernels_that_write_are_seen() -> None:
+    with watched() as world:
+        average, weights = torch.zeros(64), torch.ones(64)
+        ema_update_(average, weights, 0.5)
+        stochastic_round_(torch.zeros(64, dtype=torch.bfloat16), average, 1, 0)
+    assert world.written["ema_update_"] == 1
+    assert world.written["stochastic_round_"] == 1
