@@ -14,29 +14,59 @@ from places import BYTES, HOST, STREAMED, stack
 from small_runs import config_of
 from torch import nn
 
-from leapalign.config import EmaConfig
+from leapalign.config import EmaConfig, load_config
+from leapalign.config.profiles import RECIPES, profiles
 from leapalign.memory import transfer
 from leapalign.memory.host_gradients import HostGradients
 from leapalign.memory.host_weights import HostWeights
 from leapalign.memory.transfer import Lane, ToHost
 from leapalign.optimizers.weight_average import WeightAverage
-from leapalign.trainer import Trainer
+from leapalign.runs.run import Run
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("place", [(), (HOST,), STREAMED, (*STREAMED, "memory.stream_buffers=2")])
-def test_a_run_has_no_races(parts: Path, tmp_path: Path, place: tuple[str, ...]) -> None:
+def _places() -> dict[str, tuple[str, ...]]:
+    """What the profiles choose among that moves memory or changes who reads it, each choice once, and more."""
+    found: dict[tuple[str, ...], str] = {}
+    for name, file in profiles().items():
+        if RECIPES in file.parents:
+            continue
+        config = load_config(file)
+        chosen = {f"memory.{key}": getattr(config.memory, key) for key in MEMORY}
+        chosen |= {"optimizer.name": config.optimizer.name, "ema.dtype": config.ema.dtype}
+        chosen |= {"model.dtype": config.model.dtype}
+        found.setdefault(tuple(f"{key}={str(value).lower()}" for key, value in chosen.items()), name)
+    more = {
+        "streamed through two buffers": (*STREAMED, "memory.stream_buffers=2", BYTES),
+        "adapters near a streamed base": (*STREAMED[:2], *ADAPTER, "regularization.base_velocity=20"),
+        "near the base on the host": (HOST, BYTES, "regularization.base_velocity=20"),
+        "near the base on the device": (BYTES, "regularization.base_velocity=20"),
+        "adapters over streamed weights": ("memory.weights=streamed", "memory.checkpointing=blocks", *ADAPTER),
+    }
+    return {name: place for place, name in found.items()} | more
+
+
+MEMORY = ("optimizer", "weights", "stream_buffers", "checkpointing", "checkpoint_every", "checkpoint_decoder")
+ADAPTER = ("model.lora_rank=2", BYTES)
+PLACES = _places()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_has_no_races(parts: Path, tmp_path: Path, place: str) -> None:
+    """Of training, samples by the average and checkpoints."""
+    short = ("train.iterations=2", "checkpoint.every=1", "samples.every=1", "samples.count=1")
+    config = config_of(parts, tmp_path / "run", *short, *PLACES[place])
     with watched() as world:
-        trainer = Trainer.from_config(config_of(parts, tmp_path, BYTES, *place, "train.iterations=2"))
-        if not place:
-            parameters = [p for p in trainer.model.transformer.parameters() if p.requires_grad]
-            trainer.optimizer.average._to_host = ToHost(CPU, parameters)
-        for _ in trainer.run():
-            with trainer.optimizer.averaged_weights():
-                pass
+        run = Run.from_config(config)
+        if config.memory.optimizer == "device":
+            parameters = [p for p in run.trainer.model.transformer.parameters() if p.requires_grad]
+            # On a GPU the average takes the device's weights over so.
+            run.trainer.optimizer.average._to_host = ToHost(CPU, parameters)
+        run.train()
     assert not world.races, world.races
-    assert all(world.accesses[name] for name in ("host thread", "own stream", "lane", "background"))
+    assert all(world.accesses[name] for name in ("host thread", "own stream", "lane", "background")), world.accesses
+    assert config.optimizer.name != "adamw_8bit" or world.written["adamw_8bit_step_"]
 
 
 def scenario(world: World) -> None:
@@ -107,6 +137,22 @@ def test_a_read_before_arrival_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
     with watched() as world:
         scenario(world)
     assert world.races
+
+
+def test_a_source_that_is_freed_too_early_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = transfer._use
+
+    def holding_nothing(arrived: Any, source: Any, *rest: Any) -> None:
+        real(arrived, source[0], *rest)
+
+    monkeypatch.setattr(transfer, "_use", holding_nothing)
+    with watched() as world:
+        background = transfer.Background
+        held = background.run
+        background.run = lambda self, f, arrived, source, *rest: held(self, f, arrived, [source], *rest)
+        gradients = HostGradients([nn.Parameter(torch.ones(5))], CPU)
+        gradients.add(next(iter(gradients._sums)), torch.ones(5))
+    assert any("freed" in race for race in world.races), world.races
 
 
 def test_kernels_that_write_are_seen() -> None:
