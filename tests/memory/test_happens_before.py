@@ -87,6 +87,15 @@ def scenario(world: World) -> None:
         with weights.changing(), torch.no_grad():
             for parameter in parameters:
                 parameter.add_(gradients[parameter])
+    model = stack(3)
+    weights = HostWeights(model, CPU, None)
+    for _ in range(2):
+        with torch.no_grad():
+            for block in model.blocks:
+                block(torch.ones(1, 3))
+            with weights.changing():
+                for parameter in model.parameters():
+                    parameter.add_(1)
     on_device = [nn.Parameter(torch.ones(n)) for n in (3, 9, 5, 7)]
     average = WeightAverage(on_device, EmaConfig(), seed=1)
     average._to_host = ToHost(CPU, on_device)

@@ -156,7 +156,7 @@ class _Watch(TorchDispatchMode):
         if view or op in ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view"):
             return out
         agent = world.at_work(inputs + made, op)
-        for tensor in inputs:
+        for tensor in [] if op in ("zeros_like", "ones_like", "full_like", "new_zeros") else inputs:
             if op != "copy_" or not any(tensor is t for t in written):
                 world.access(agent, tensor, False, op)
         for tensor in written + made:
