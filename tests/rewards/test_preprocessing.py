@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from reward_cases import PIL_ROUNDING, SIZES, smooth_images, to_pictures
+from torch.nn import functional
 from transformers import CLIPImageProcessor
 
 from leapalign.rewards.preprocessing import CLIP_MEAN, CLIP_STD, contain, cover, normalised, resize, unit_vectors
@@ -61,9 +62,37 @@ def test_a_very_long_image_keeps_a_row() -> None:
     assert float(contain(torch.ones(1, 3, 400, 2), 8).sum()) == pytest.approx(3 * 8)
 
 
+@pytest.mark.parametrize("new", [(28, 28), (11, 70), (96, 40), (1, 1)])
+@pytest.mark.parametrize("old", [(40, 40), (97, 61), (28, 200), (1, 5)])
+def test_resize_is_pytorch_s_antialiased_bicubic(old: tuple[int, int], new: tuple[int, int]) -> None:
+    """Forwards and backwards, in float64; PIL's own pictures are compared by the tests of `cover` and `contain`."""
+    images = torch.rand(2, 3, *old, dtype=torch.float64, requires_grad=True)
+    plain = functional.interpolate(images, new, mode="bicubic", antialias=True)
+    fitted = resize(images, *new, clip=False)
+    torch.testing.assert_close(fitted, plain, rtol=0, atol=1e-12)
+    weight = torch.randn_like(fitted)
+    found, expected = (torch.autograd.grad((out * weight).sum(), images)[0] for out in (fitted, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_resize_in_half_precision_rounds_once() -> None:
+    images = torch.rand(1, 3, 90, 90)
+    exact = resize(images.bfloat16().float(), 28, 28)
+    assert torch.equal(resize(images.bfloat16(), 28, 28), exact.bfloat16())
+
+
+def test_no_operation_of_resize_adds_by_atomics() -> None:
+    """Of all that run, forwards and backwards, none is in PyTorch's list of those without an order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        resize(torch.rand(1, 3, 40, 40, requires_grad=True), 28, 28).sum().backward()
+    names = {event.name for event in seen.events()}
+    assert any("bmm" in name or "mm" in name for name in names)
+    assert not [name for name in names if "upsample" in name or "index_add" in name or "scatter" in name]
+
+
 def test_overshoot_is_clipped_but_keeps_its_gradient() -> None:
     images = (torch.rand(1, 3, 24, 24) > 0.5).float().requires_grad_()
-    plain = torch.nn.functional.interpolate(images, (40, 40), mode="bicubic", antialias=True)
+    plain = resize(images, 40, 40, clip=False)
     assert bool((plain < 0).any())
     assert bool((plain > 1).any())
     fitted = resize(images, 40, 40)
