@@ -85,9 +85,11 @@ def sample_rollout(velocity_fn: VelocityFn, noise: Tensor, sigmas: Tensor) -> Ro
     Each step is ``x_{t+1} = x_t + (sigma_{t+1} - sigma_t) v_t``, computed in float32 or wider.
     """
     latents, velocities = [noise], []
-    for sigma, sigma_next in itertools.pairwise(sigmas):
+    # Once, as each copy of a level would have the host wait for the device.
+    levels = sigmas.to(noise.device)
+    for sigma, sigma_next in itertools.pairwise(levels):
         point("rollout")
-        velocity = evaluated(velocity_fn, latents[-1], sigma.expand(len(noise)).to(noise.device))
+        velocity = evaluated(velocity_fn, latents[-1], sigma.expand(len(noise)))
         velocities.append(velocity)
         with made_for("latents"):
             latents.append(euler_step(latents[-1], velocity, sigma, sigma_next))

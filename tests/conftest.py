@@ -34,7 +34,10 @@ hypothesis.settings.load_profile("project")
 
 def _no_bitsandbytes() -> str | None:
     """Ask for the version that `adamw_8bit_step_` is the same as, and for a processor where that is so."""
-    version = importlib.metadata.version("bitsandbytes")
+    try:
+        version = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        return "bitsandbytes is not installed"
     if version != "0.50.2":
         return f"bitsandbytes {version} may compute otherwise than 0.50.2"
     fused = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")

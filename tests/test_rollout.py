@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from leapalign.rollout import Rollout, sample_rollout
 
@@ -55,3 +58,20 @@ def test_parts_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Rollout(torch.zeros(latents), torch.zeros(velocities), sigmas)
+
+
+def test_levels_go_to_the_device_once() -> None:
+    """Latents on another device than the host: of all operations, one copies from the host."""
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+                copies.append((args[0].device.type, result.device.type))
+            return result
+
+    with Copies():
+        rollout = sample_rollout(lambda x, sigma: x * sigma[:, None], torch.empty(3, 5, device="meta"), SIGMAS)
+    assert rollout.latents.device.type == "meta"
+    assert [ends for ends in copies if ends[0] != ends[1]] == [("cpu", "meta")]

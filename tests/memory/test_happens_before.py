@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 def _places() -> dict[str, tuple[str, ...]]:
     """What the profiles choose among that moves memory or changes who reads it, each choice once, and more."""
-    found: dict[tuple[str, ...], str] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for name, file in profiles().items():
         if RECIPES in file.parents:
             continue
@@ -36,7 +36,9 @@ def _places() -> dict[str, tuple[str, ...]]:
         chosen = {f"memory.{key}": getattr(config.memory, key) for key in MEMORY}
         chosen |= {"optimizer.name": config.optimizer.name, "ema.dtype": config.ema.dtype}
         chosen |= {"model.dtype": config.model.dtype}
-        found.setdefault(tuple(f"{key}={str(value).lower()}" for key, value in chosen.items()), name)
+        place = tuple(f"{key}={str(value).lower()}" for key, value in chosen.items())
+        if place not in found.values():
+            found[name] = place
     more = {
         "streamed through two buffers": (*STREAMED, "memory.stream_buffers=2", BYTES),
         "adapters near a streamed base": (*STREAMED[:2], *ADAPTER, "regularization.base_velocity=20"),
@@ -44,7 +46,7 @@ def _places() -> dict[str, tuple[str, ...]]:
         "near the base on the device": (BYTES, "regularization.base_velocity=20"),
         "adapters over streamed weights": ("memory.weights=streamed", "memory.checkpointing=blocks", *ADAPTER),
     }
-    return {name: place for place, name in found.items()} | more
+    return found | more
 
 
 MEMORY = ("optimizer", "weights", "stream_buffers", "checkpointing", "checkpoint_every", "checkpoint_decoder")
