@@ -6,6 +6,7 @@ checks its arguments and picks a backend. Nothing here needs `leapalign`.
 
 from ._dispatch import BackendUnavailable, Explanation, explain, use_backend
 from ._moments import Adam8bitState
+from .accumulate import accumulate_
 from .adamw_8bit_step import adamw_8bit_step_
 from .combine_gradient_terms import combine_gradient_terms
 from .consistency_weighted_loss import consistency_weighted_loss
@@ -20,6 +21,7 @@ __all__ = [
     "Adam8bitState",
     "BackendUnavailable",
     "Explanation",
+    "accumulate_",
     "adamw_8bit_step_",
     "combine_gradient_terms",
     "consistency_weighted_loss",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ._moments import GROUP
+from .accumulate import BLOCK as ACCUMULATE_BLOCK
+from .accumulate import accumulate_kernel
 from .adamw_8bit_step import GROUPS, Factors, adamw_kernel
 from .adamw_8bit_step import WARPS as ADAMW_WARPS
 from .combine_gradient_terms import BLOCK as COMBINE_BLOCK
@@ -189,6 +191,15 @@ _ROUND = KernelSpec(
     elements=ROUND_BLOCK,
     dtypes=_ANY,
 )
+_ACCUMULATE = KernelSpec(
+    "accumulate_",
+    accumulate_kernel,
+    {"total_ptr": "*fp32", "value_ptr": "*T", "count": "i32"},
+    {"BLOCK": ACCUMULATE_BLOCK},
+    reads=("fp32", "T"),
+    writes=("fp32",),
+    elements=ACCUMULATE_BLOCK,
+)
 _EMA = KernelSpec(
     "ema_update_",
     ema_kernel,
@@ -259,6 +270,7 @@ OPS: tuple[OpSpec, ...] = (
         ),
     ),
     OpSpec("stochastic_round_", "src rounded to bfloat16, up or down with the odds that make it unbiased", (_ROUND,)),
+    OpSpec("accumulate_", "total + value, in one pass, whatever their dtypes", (_ACCUMULATE,)),
     OpSpec("ema_update_", "average + (1 - decay) * (weights - average)", (_EMA,)),
     OpSpec(
         "adamw_8bit_step_",

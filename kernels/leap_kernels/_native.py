@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _FILE_NAME = {"darwin": "libleap_native.dylib", "win32": "leap_native.dll"}.get(sys.platform, "libleap_native.so")
@@ -25,6 +25,7 @@ _SIGNATURES = {
     "leap_euler_step": [*[_POINTER] * 6, *_SIZES_AND_DTYPES],
     "leap_weighted_loss": [_POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER, _POINTER, _INT64, _INT64],
     "leap_stochastic_round": [_POINTER, _POINTER, ctypes.c_uint64, _INT64, _INT64],
+    "leap_accumulate": [_POINTER, _POINTER, _INT64, _INT32, _INT32],
     "leap_ema_update": [_POINTER, _POINTER, _FLOAT, _INT64, _INT32, _INT32],
     "leap_adamw_8bit_step": [*[_POINTER] * 10, *[_FLOAT] * 9, ctypes.c_uint64, _INT64, _INT64, _INT32, _INT32],
 }

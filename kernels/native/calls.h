@@ -63,6 +63,13 @@ struct StochasticRound {
   int32_t threads;
 };
 
+struct Accumulate {
+  void* total;
+  const void* value;
+  Size size;
+  int32_t dtype, value_dtype;
+};
+
 struct EmaUpdate {
   void* average;
   const void* weights;
@@ -99,6 +106,7 @@ struct Adamw8bit {
   int32_t run(const Combine& call);         \
   int32_t run(const EulerStep& call);       \
   int32_t run(const StochasticRound& call); \
+  int32_t run(const Accumulate& call);      \
   int32_t run(const EmaUpdate& call);       \
   int32_t run(const Adamw8bit& call);       \
   }

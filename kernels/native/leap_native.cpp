@@ -142,6 +142,11 @@ int32_t leap_stochastic_round(const float* from, void* to, uint64_t seed, int64_
   return dispatch(StochasticRound{from, static_cast<uint16_t*>(to), seed, offset, count, threads});
 }
 
+int32_t leap_accumulate(void* total, const void* value, int64_t count, int32_t dtype, int32_t value_dtype,
+                        int32_t threads) {
+  return dispatch(Accumulate{total, value, {1, count, threads}, dtype, value_dtype});
+}
+
 int32_t leap_ema_update(void* average, const void* weights, float step, int64_t count, int32_t dtype,
                         int32_t weights_dtype, int32_t threads) {
   return dispatch(EmaUpdate{average, weights, step, {1, count, threads}, dtype, weights_dtype});

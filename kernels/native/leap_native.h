@@ -13,7 +13,7 @@
 #define LEAP_API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; leap_kernels/_native.py refuses any other value.
-constexpr int32_t LEAP_ABI = 3;
+constexpr int32_t LEAP_ABI = 4;
 
 enum LeapDtype : int32_t { LEAP_FLOAT32 = 0, LEAP_BFLOAT16 = 1, LEAP_FLOAT16 = 2 };
 
@@ -65,6 +65,10 @@ LEAP_API int32_t leap_weighted_loss(const float* reward, const float* distances,
 // (offset + i) % 8 of the eight 16-bit numbers that Philox4x32-7 draws at counter (offset + i) / 8.
 LEAP_API int32_t leap_stochastic_round(const float* from, void* to, uint64_t seed, int64_t offset, int64_t count,
                                        int32_t threads);
+
+// total = total + value, in place.
+LEAP_API int32_t leap_accumulate(void* total, const void* value, int64_t count, int32_t dtype, int32_t value_dtype,
+                                 int32_t threads);
 
 // average = average + step * (weights - average), in place.
 LEAP_API int32_t leap_ema_update(void* average, const void* weights, float step, int64_t count, int32_t dtype,

@@ -1,4 +1,4 @@
-// What optimizers do to weights: stochastic rounding and the moving average. Both see a tensor as one long sample.
+// What optimizers do to weights: stochastic rounding, sums and the moving average. All see a tensor as one long sample.
 
 #include "blocks.h"
 #include "philox.h"
@@ -19,6 +19,17 @@ void round_block(const StochasticRound& call, const Size& size, const Block& blo
   }
 }
 
+template <class T, class V>
+void accumulate(const Accumulate& call) {
+  Blocks(call.size).for_each([&](const Block& block) {
+    auto* total = at<T>(call.total, block);
+    const auto* value = at<V>(call.value, block);
+    sweep(block.count, false, [=](int64_t i, auto extent) {
+      store<T>(total + i, load<T>(total + i, extent) + load<V>(value + i, extent), extent);
+    });
+  });
+}
+
 template <class A, class W>
 void average(const EmaUpdate& call) {
   Blocks(call.size).for_each([&](const Block& block) {
@@ -37,6 +48,13 @@ int32_t run(const StochasticRound& call) {
   const Size size{1, call.count, call.threads};
   Blocks(size).for_each([&](const Block& block) { round_block(call, size, block); });
   return 0;
+}
+
+int32_t run(const Accumulate& call) {
+  return with_dtypes(call.dtype, call.value_dtype, [&](auto total, auto value) {
+    accumulate<decltype(total), decltype(value)>(call);
+    return 0;
+  });
 }
 
 int32_t run(const EmaUpdate& call) {

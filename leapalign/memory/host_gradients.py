@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+from leap_kernels import accumulate_
 from torch import Tensor, nn
 
 from leapalign.memory.residency import host_memory, note_traffic
@@ -28,7 +30,7 @@ class HostGradients:
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """A `leapalign.surrogate.GradientSink`. Raises what adding an earlier gradient raised."""
         note_traffic("to_host", gradient.nbytes)
-        self._to_host.send(gradient, self._sums[parameter].add_)
+        self._to_host.send(gradient, partial(accumulate_, self._sums[parameter]))
 
     def wait(self) -> None:
         """Returns when the sums are complete; raises what adding a gradient raised."""

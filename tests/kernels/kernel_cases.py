@@ -147,6 +147,10 @@ def loss(reward: Tensor, first: Tensor, second: Tensor) -> Outputs:
     return (weight * (0.6 - reward).relu()).mean(), weight
 
 
+def accumulated(total: Tensor, value: Tensor) -> Outputs:
+    return (total + value,)
+
+
 def ema(average: Tensor, weights: Tensor) -> Outputs:
     return (0.9 * average + 0.1 * weights,)
 
@@ -189,6 +193,13 @@ CASES = {
         10,
         ("first", "reward", "second"),
         ("reward",),
+    ),
+    "accumulate_": Case(
+        ("total", "value"),
+        lambda total, value: (ops.accumulate_(total.clone(), value),),
+        accumulated,
+        1,
+        returns_argument=True,
     ),
     "ema_update_": Case(
         ("average", "weights"),

@@ -13,6 +13,7 @@ from leap_kernels import BackendUnavailable, _dispatch, _native, _triton, explai
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 OPS = {
+    "accumulate_",
     "adamw_8bit_step_",
     "combine_gradient_terms",
     "consistency_weighted_loss",

@@ -46,6 +46,7 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
         "scaled": [(x, delta, torch.float32)],
         "scaled_twice": [(x, delta, scale, dtype)],
         "stochastic_round_": [(fixed[0].bfloat16(), fixed[1].float(), -3, 5)],
+        "accumulate_": [(fixed[0], fixed[1])],
         "ema_update_": [(fixed[0], fixed[1], 0.9)],
         "adamw_8bit_step_": [
             (fixed[0], *state.tensors(), fixed[1].float(), 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0.5, -3, 5),

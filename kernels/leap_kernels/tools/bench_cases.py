@@ -159,6 +159,14 @@ def _op_round(i: Inputs) -> Outputs:
     return (leap_kernels.stochastic_round_(i["dst"], i["src"], SEED, 0),)
 
 
+def _plain_sum(i: Inputs) -> Outputs:
+    return (i["total"].add_(i["value"]),)
+
+
+def _op_sum(i: Inputs) -> Outputs:
+    return (leap_kernels.accumulate_(i["total"], i["value"]),)
+
+
 def _plain_ema(i: Inputs) -> Outputs:
     return (i["average"].lerp_(i["weights"].to(i["average"].dtype), 1 - DECAY),)
 
@@ -250,6 +258,13 @@ CASES = (
         fused=_op_round,
         forward_bytes=6,
         exact=lambda i: (i["src"],),
+    ),
+    Case(
+        "accumulate_",
+        latents={"total": torch.float32, "value": DTYPE},
+        plain=_plain_sum,
+        fused=_op_sum,
+        forward_bytes=2 * torch.float32.itemsize + DTYPE.itemsize,
     ),
     *(
         Case(

@@ -87,6 +87,15 @@ void test_ema(Shape s, int32_t dtype, int32_t other) {
   }
 }
 
+void test_accumulate(Shape s, int32_t dtype, int32_t other) {
+  Tensor total = filled(dtype, s.count(), 14), value = filled(other, s.count(), 15);
+  const Tensor before = total;
+  expect(0 == leap_accumulate(total.data(), value.data(), s.count(), dtype, other, s.threads), "sum status", 0, 0, 0);
+  for (int64_t i = 0; i < s.count(); ++i) {
+    expect(close(total.at(i), before.at(i) + value.at(i), 4, dtype), "accumulate", dtype, other, i);
+  }
+}
+
 void test_loss() {
   const float reward[] = {0.2f, 0.5f, 0.9f}, distances[] = {0.05f, 0.3f, 0.2f, 0.4f, 0.01f, 0.2f};
   float loss, weight[3];
@@ -101,6 +110,7 @@ void test_nothing() {
   uint16_t half = 7;
   expect(0 == leap_combine(some, some, some, 0.3f, 0.5f, some, some, some, 0, 0, 0, 0, 2), "no samples", 0, 0, 0);
   expect(0 == leap_combine(some, some, some, 0.3f, 0.5f, some, some, some, 1, 0, 0, 0, 2), "no elements", 1, 0, 0);
+  expect(0 == leap_accumulate(some, some, 0, 0, 0, 2), "nothing to add", 0, 0, 0);
   expect(0 == leap_ema_update(some, some, 0.5f, 0, 0, 0, 2), "no weights", 0, 0, 0);
   expect(0 == leap_stochastic_round(some, &half, 1, 0, 0, 2) && half == 7, "nothing to round", 0, 0, 0);
 }
@@ -152,6 +162,7 @@ int main() {
         test_distances(shape, dtype, other);
         for (float max_ratio : {-1.0f, 0.0f, 0.5f, 100.0f}) test_combine(shape, dtype, other, max_ratio);
         test_ema(shape, dtype, other);
+        test_accumulate(shape, dtype, other);
       }
     }
     for (int64_t offset : {int64_t{0}, int64_t{3}, (int64_t{1} << 35) - 5}) test_round(shape, offset);
@@ -161,5 +172,6 @@ int main() {
   test_nothing();
   expect(-1 == leap_ema_update(&value, &value, 0.5f, 1, 3, 0, 1), "unknown dtype", 3, 0, 0);
   expect(-1 == leap_ema_update(&value, &value, 0.5f, 1, 0, -1, 1), "unknown dtype", 0, -1, 0);
+  expect(-1 == leap_accumulate(&value, &value, 1, 0, 3, 1), "unknown dtype", 0, 3, 0);
   return report();
 }
