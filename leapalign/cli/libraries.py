@@ -39,3 +39,12 @@ def quiet_libraries() -> None:
         # What goes wrong is told by the error that follows, in one sentence of ours.
         library.set_verbosity(logging.CRITICAL)
         library.disable_progress_bar()
+
+
+def growing_segments() -> None:
+    """Has PyTorch's allocator on a GPU grow its segments of memory: gaps between blocks of fixed ones would be lost.
+
+    Before the first use of a GPU, which is when PyTorch reads it. What the environment says itself is left as it is.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

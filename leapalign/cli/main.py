@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from leapalign.cli import commands as run
 from leapalign.cli.config_commands import config_command, configs_command
-from leapalign.cli.libraries import no_hub_code, quiet_libraries
+from leapalign.cli.libraries import growing_segments, no_hub_code, quiet_libraries
 from leapalign.config.names import known_as
 from leapalign.inputs.failures import user_error
 from leapalign.inputs.paths import path_argument
@@ -148,6 +148,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         with no_hub_code():
             quiet_libraries()
+            growing_segments()
             arguments.execute(arguments, overrides)
     except KeyboardInterrupt:
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,28 @@ def test_no_library_speaks_and_no_code_is_fetched(tmp_path: Path) -> None:
     found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert all("image" in line for line in found.stderr.replace("\r", "\n").splitlines() if line), found.stderr
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="PyTorch does not tell")
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ],
+)
+def test_commands_choose_growing_segments_where_nobody_chose(own: dict[str, str], found: str) -> None:
+    """As PyTorch itself reads it, in a process of its own."""
+    code = (
+        "import torch; from leapalign.cli import main; main(['configs']); "
+        "print(torch._C._accelerator_getAllocatorSettings())"
+    )
+    unset = {key: value for key, value in os.environ.items() if not key.endswith("ALLOC_CONF")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**unset, **own}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == found
 
 
 def test_train_without_config_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
