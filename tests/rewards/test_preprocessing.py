@@ -82,7 +82,7 @@ def test_resize_in_half_precision_rounds_once() -> None:
 
 
 def test_no_operation_of_resize_adds_by_atomics() -> None:
-    """Of all that run, forwards and backwards, none is in PyTorch's list of those without an order."""
+    """Products alone, forwards and backwards: no resampling or scattering, whose CUDA backward has no order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         resize(torch.rand(1, 3, 40, 40, requires_grad=True), 28, 28).sum().backward()
     names = {event.name for event in seen.events()}

@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,22 +190,15 @@ def _streams(world: World) -> Any:
     own = Stream.__new__(Stream)
     own.agent = world.own
 
-    class Streams:
-        @staticmethod
-        def current_stream(device: Any = None) -> Stream:
-            return own
+    @contextlib.contextmanager
+    def stream(stream: Stream) -> Iterator[None]:
+        before, world.lane = world.lane, stream.agent
+        try:
+            yield
+        finally:
+            world.lane = before
 
-        @staticmethod
-        @contextlib.contextmanager
-        def stream(stream: Stream) -> Iterator[None]:
-            before, world.lane = world.lane, stream.agent
-            try:
-                yield
-            finally:
-                world.lane = before
-
-    Streams.Stream, Streams.Event = Stream, Event  # type: ignore[attr-defined]
-    return Streams
+    return SimpleNamespace(Stream=Stream, Event=Event, current_stream=lambda device=None: own, stream=stream)
 
 
 @dataclass
