@@ -30,6 +30,8 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # The order-only dependency keeps a newer interpreter from forcing a reinstall.
-$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/native/*) | $(PY)
-	$(PY) -m pip install -e '.[dev]' -c constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*.t*) $(wildcard kernels/native/*)
+# The kernels by themselves, too: leapalign's own copy of them would not follow the sources.
+$(INSTALLED): $(SOURCES) | $(PY)
+	$(PY) -m pip install -e ./kernels -e '.[dev]' -c constraints.txt
 	touch $@

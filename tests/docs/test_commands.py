@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import runpy
 import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from installed import bare_python, install, wheel_of
 from leap_kernels.tools import main as leap_kernels_main
 from pages import PAGES, PROGRAMS, ROOT, Command, blocks, commands
 
@@ -157,19 +156,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Without a C++ compiler, as it may be, and sooner done.
     """
-    folder = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    build = [*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
-    subprocess.run(build, check=True, env={**os.environ, "CXX": "none"})
-    (wheel,) = folder.glob("*.whl")
-    venv.create(folder / "venv", symlinks=True)
-    python = folder / "venv" / "bin" / "python"
-    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)], check=True)
-    asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = subprocess.run([python, "-c", asked], check=True, capture_output=True, text=True).stdout.strip()
-    # Of a folder named in such a file, files like it are not read: the hook of an editable install has no say.
-    here = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
-    Path(packages, "here.pth").write_text("\n".join(here))
+    python = bare_python(tmp_path_factory.mktemp("installed"))
+    install(python, wheel_of(ROOT, tmp_path_factory.mktemp("wheel"), compiler=False))
     return python
 
 

@@ -1,0 +1,103 @@
+"""leap-kernels as a distribution of its own, by itself and beside leapalign, which brings a copy."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from installed import bare_python, install, uninstall, wheel_of
+
+ROOT = Path(__file__).parents[2]
+KERNELS, LEAPALIGN = "leap-kernels", "leapalign"
+SUM = "import torch, leap_kernels; print(leap_kernels.accumulate_(torch.ones(3), torch.ones(3)).tolist())"
+
+pytestmark = pytest.mark.wheel
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        KERNELS: wheel_of(ROOT / "kernels", tmp_path_factory.mktemp("kernels"), compiler=False),
+        LEAPALIGN: wheel_of(ROOT, tmp_path_factory.mktemp("leapalign"), compiler=False),
+    }
+
+
+def said(python: Path, code: str) -> str:
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, cwd=python.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def where(python: Path) -> str:
+    """The name of the folder that the kernels are imported from."""
+    return Path(said(python, "import leap_kernels; print(leap_kernels.__file__)")).parents[1].name
+
+
+def test_by_itself_without_a_compiler(wheels: dict[str, Path], tmp_path: Path) -> None:
+    python = bare_python(tmp_path)
+    install(python, wheels[KERNELS])
+    assert said(python, SUM) == "[2.0, 2.0, 2.0]"
+    assert "was not built" in said(python, "from leap_kernels import explain; print(explain()[0].reason)")
+    assert said(python, "from importlib.util import find_spec; print(find_spec('leapalign'))") == "None"
+
+
+@pytest.mark.native
+@pytest.mark.slow
+def test_by_itself_with_a_compiler(tmp_path: Path) -> None:
+    python = bare_python(tmp_path / "venv")
+    install(python, wheel_of(ROOT / "kernels", tmp_path, compiler=True))
+    code = "import leap_kernels as k, torch\nwith k.use_backend('native', strict=True):\n    "
+    assert said(python, code + "print(k.ema_update_(torch.ones(2), torch.zeros(2), 0.5).tolist())") == "[0.5, 0.5]"
+
+
+def test_from_a_folder_of_the_repository(wheels: dict[str, Path], tmp_path: Path) -> None:
+    """As `pip install git+https://...#subdirectory=kernels` takes it; what is committed, that is."""
+    wheel = wheel_of(f"git+file://{ROOT}#subdirectory=kernels", tmp_path / "wheel", compiler=False)
+    python = bare_python(tmp_path)
+    install(python, wheel)
+    assert wheel.name == wheels[KERNELS].name
+    assert said(python, SUM) == "[2.0, 2.0, 2.0]"
+
+
+def test_it_needs_torch_alone(wheels: dict[str, Path], tmp_path: Path) -> None:
+    python = bare_python(tmp_path)
+    install(python, wheels[KERNELS])
+    asked = f"from importlib.metadata import requires; print(requires('{KERNELS}'))"
+    assert said(python, asked) == "['torch>=2.6']"
+
+
+@pytest.mark.parametrize("order", [(KERNELS, LEAPALIGN), (LEAPALIGN, KERNELS)], ids="-".join)
+def test_both_can_be_installed_and_either_removed(
+    order: tuple[str, str], wheels: dict[str, Path], tmp_path: Path
+) -> None:
+    """Neither owns a file of the other."""
+    trains = "import leapalign.trainer, leap_kernels"
+    for removed in order:
+        python = bare_python(tmp_path / removed)
+        for name in order:
+            install(python, wheels[name])
+        assert where(python) == "site-packages"
+        said(python, trains)
+        uninstall(python, removed)
+        assert said(python, SUM) == "[2.0, 2.0, 2.0]"
+    python = tmp_path / KERNELS / "bin" / "python"
+    assert where(python) == "_bundled"
+    said(python, trains)
+
+
+def test_kernels_of_another_version_are_refused(wheels: dict[str, Path], tmp_path: Path) -> None:
+    """In a sentence, not by a name that is missing."""
+    python = bare_python(tmp_path)
+    install(python, wheels[LEAPALIGN], wheels[KERNELS])
+    (metadata,) = (tmp_path / "lib").rglob("leap_kernels-*.dist-info/METADATA")
+    metadata.write_text(metadata.read_text().replace("Version: 0.1.0", "Version: 0.0.9"))
+    done = subprocess.run([python, "-c", "import leapalign"], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().endswith("as leapalign brings its own copy")
+    assert "needs leap-kernels 0.1.0, and 0.0.9 is installed" in done.stderr
+
+
+def test_both_are_of_one_version() -> None:
+    lines = [(ROOT / folder / "pyproject.toml").read_text().splitlines() for folder in ("", "kernels")]
+    ours, theirs = (next(line for line in text if line.startswith("version = ")) for text in lines)
+    assert ours == theirs
