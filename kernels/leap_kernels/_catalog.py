@@ -113,7 +113,7 @@ def _combine(name: str, norms: bool, out: bool) -> KernelSpec:
         combine_kernel,
         {
             **{"direct_ptr": "*T", "nested_ptr": "*T", "coefficient_ptr": "*fp32", "share_ptr": "*fp32"},
-            **{"out_ptr": "*T", "direct_squares_ptr": "*fp32", "nested_squares_ptr": "*fp32"},
+            **{"out_ptr": "*T", "direct_norm_ptr": "*fp32", "nested_norm_ptr": "*fp32"},
             **_BLOCKED,
         },
         {"NORMS": norms, "OUT": out, "BLOCK": COMBINE_BLOCK},

@@ -3,7 +3,7 @@
     s        = min(1, max_ratio * ||direct|| / ||nested||)     (B,)
     combined = coefficient * (direct + alpha * s * nested)     direct, nested: (B, ...); coefficient: (B,)
 
-Norms are L2 over each sample. Without max_ratio, and where the nested term is zero, s is 1.
+Norms are L2 over each sample, of any magnitude. Without max_ratio, and where the nested term is zero, s is 1.
 
 Without max_ratio, one pass reads both terms, writes the result, and gathers the norms on the way. With it nothing
 can be written before the norms are known, so the terms are read twice. The native code does this a few samples at a
@@ -30,11 +30,17 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Combine in plain PyTorch; `coefficient` (B,) sets the dtype of the arithmetic."""
     wide_direct, wide_nested = direct.to(coefficient.dtype), nested.to(coefficient.dtype)
-    direct_norm = torch.linalg.vector_norm(rows(wide_direct), dim=1)
-    nested_norm = torch.linalg.vector_norm(rows(wide_nested), dim=1)
+    direct_norm, nested_norm = _norm(rows(wide_direct)), _norm(rows(wide_nested))
     share = _share(direct_norm, nested_norm, alpha, max_ratio)
     combined = expand(coefficient, direct) * (wide_direct + expand(share, nested) * wide_nested)
     return combined.to(direct.dtype).contiguous(), direct_norm, nested_norm
+
+
+def _norm(values: Tensor) -> Tensor:
+    """Return the norm of each row (B, n), in units of a power of two near its largest magnitude: squares overflow."""
+    peak = values.abs().amax(dim=1)
+    unit = torch.where(peak.isfinite() & (peak > 0), torch.frexp(peak).exponent, 0)[:, None]
+    return torch.ldexp(torch.linalg.vector_norm(torch.ldexp(values, -unit), dim=1), unit[:, 0])
 
 
 def _share(direct_norm: Tensor, nested_norm: Tensor, alpha: float, max_ratio: float | None) -> Tensor:
@@ -51,14 +57,25 @@ BLOCK = 1024
 
 
 @jit
+def _norm_of_block(values):  # type: ignore[no-untyped-def]
+    """Return the norm, as `_norm` computes it."""
+    exponent = tl.max(tl.abs(values)).to(tl.int32, bitcast=True) & 0x7F800000
+    # Of 0, infinity and NaN, and where the inverse would be subnormal, there is no power of two to divide by.
+    usable = (exponent > 0) & (exponent < 0x7E800000)
+    unit = tl.where(usable, exponent, 0x3F800000).to(tl.float32, bitcast=True)
+    values *= 1.0 / unit
+    return tl.sqrt(tl.sum(values * values)) * unit
+
+
+@jit
 def combine_kernel(  # type: ignore[no-untyped-def]
     direct_ptr,
     nested_ptr,
     coefficient_ptr,
     share_ptr,
     out_ptr,
-    direct_squares_ptr,
-    nested_squares_ptr,
+    direct_norm_ptr,
+    nested_norm_ptr,
     per_sample,
     blocks,
     NORMS: tl.constexpr,
@@ -71,8 +88,8 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     nested = tl.load(nested_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if NORMS:
         # Masked lanes are 0. Each block owns its sums: no atomics, one order.
-        tl.store(direct_squares_ptr + program, tl.sum(direct * direct))
-        tl.store(nested_squares_ptr + program, tl.sum(nested * nested))
+        tl.store(direct_norm_ptr + program, _norm_of_block(direct))
+        tl.store(nested_norm_ptr + program, _norm_of_block(nested))
     if OUT:
         combined = tl.load(coefficient_ptr + sample) * (direct + tl.load(share_ptr + sample) * nested)
         tl.store(out_ptr + at, combined.to(out_ptr.dtype.element_ty), mask=inside)
@@ -86,18 +103,18 @@ def triton_forward(
     batch, per_sample = size(direct)
     blocks = triton.cdiv(per_sample, BLOCK)
     out = torch.empty_like(direct)
-    squares = torch.empty(2, batch, blocks, dtype=torch.float32, device=direct.device)
+    norms_of_blocks = torch.empty(2, batch, blocks, dtype=torch.float32, device=direct.device)
 
     def launch(share: Tensor, norms: bool, write: bool) -> None:
         combine_kernel[(batch * blocks,)](
-            direct, nested, coefficient, share, out, *squares, per_sample, blocks, norms, write, BLOCK
+            direct, nested, coefficient, share, out, *norms_of_blocks, per_sample, blocks, norms, write, BLOCK
         )
 
     with torch.cuda.device_of(direct):
         # The norms-only pass reads no share: any tensor will do.
         once = max_ratio is None
         launch(torch.full_like(coefficient, alpha) if once else coefficient, norms=True, write=once)
-        direct_norm, nested_norm = (of_blocks.sum(dim=1).sqrt() for of_blocks in squares)
+        direct_norm, nested_norm = torch.linalg.vector_norm(norms_of_blocks, dim=2, dtype=torch.float64).float()
         if not once:
             launch(_share(direct_norm, nested_norm, alpha, max_ratio), norms=False, write=True)
     return out, direct_norm, nested_norm

@@ -10,6 +10,23 @@ namespace {
 // Elements of a group of samples: two bfloat16 terms of them fill a megabyte.
 constexpr int64_t GROUP = int64_t{1} << 18;
 
+// Below this, squares of a block may have been too small for float.
+constexpr double LEAST_SQUARES = 0x1p-80;
+
+// The squares of a block whose sum in float came out as `found`: added up anew in double where float lost them.
+template <class T>
+double squares_of(const typename T::Element* values, int64_t count, double found) {
+  if (found >= LEAST_SQUARES && found <= __FLT_MAX__) return found;
+  double total = 0.0;
+  sweep(count, false, [=, &total](int64_t i, auto extent) {
+    const Step step = load<T>(values + i, extent);
+    float lanes[STEP];
+    std::memcpy(lanes, step.part, sizeof(lanes));
+    for (double lane : lanes) total += lane * lane;
+  });
+  return total;
+}
+
 // Reads a block of both terms once: adds up their squares into two sums, writes coefficient * (direct + share *
 // nested), or both.
 template <class D, class N, bool NORMS, bool OUT>
@@ -28,8 +45,8 @@ void pass(const Combine& call, const Block& block, float share, double* sums) {
     if constexpr (OUT) store<D>(out + i, (d + n * share) * coefficient, extent);
   });
   if constexpr (NORMS) {
-    sums[2 * block.number] = sum(direct_squares);
-    sums[2 * block.number + 1] = sum(nested_squares);
+    sums[2 * block.number] = squares_of<D>(direct, block.count, sum(direct_squares));
+    sums[2 * block.number + 1] = squares_of<N>(nested, block.count, sum(nested_squares));
   }
 }
 

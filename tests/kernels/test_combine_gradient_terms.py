@@ -35,6 +35,29 @@ def test_terms_of_zero(backend: str) -> None:
 
 
 @by_backend
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-25, 1e-18, 1e18, 1e22, 1e36])
+@pytest.mark.parametrize("max_ratio", [None, 0.5])
+def test_norms_of_any_magnitude(backend: str, max_ratio: float | None, magnitude: float) -> None:
+    """Whose squares are no float32 numbers."""
+    shape = (2, 1500)
+    direct, nested = (magnitude * latents(*shape, dtype=torch.float64) for _ in range(2))
+    nested[1] = 0
+    exact = combine_gradient_terms(direct, nested, 1.0, 0.3, max_ratio)
+    with use_backend(backend, strict=True):
+        found = combine_gradient_terms(direct.float(), nested.float(), 1.0, 0.3, max_ratio)
+    for ours, double in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), double, rtol=2e-6, atol=1e-6 * magnitude)
+
+
+@by_backend
+def test_norms_beyond_float32_are_infinite(backend: str) -> None:
+    huge = torch.full((1, 1100), 3e38)
+    with use_backend(backend, strict=True):
+        _, direct_norm, nested_norm = combine_gradient_terms(huge, torch.full_like(huge, torch.inf), 1.0, 0.3)
+    assert direct_norm.isinf().all() and nested_norm.isinf().all()
+
+
+@by_backend
 @pytest.mark.parametrize("max_ratio", [None, 0.5])
 def test_a_broken_gradient_is_not_hidden(backend: str, max_ratio: float | None) -> None:
     """Neither behind the cap nor in the norms, and the other samples stay whole."""

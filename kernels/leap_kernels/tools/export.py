@@ -157,9 +157,11 @@ license: {LICENSE.lower()}
 Kernels for trainers that backpropagate rewards through flow-matching samplers: Triton on a GPU, PyTorch on the CPU.
 
 ```python
+from pathlib import Path
+
 from kernels import get_local_kernel
 
-leap_kernels = get_local_kernel("path/to/this/folder")
+leap_kernels = get_local_kernel(Path("path/to/this/folder"))
 latents, _ = leap_kernels.leap_update(x, velocity, sigma_from, sigma_to)
 ```
 
