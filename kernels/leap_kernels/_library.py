@@ -25,6 +25,7 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    jvp: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Define an op that neither changes nor returns its arguments, and return a function that calls it.
 
@@ -36,6 +37,7 @@ def define(
         fake: returns empty tensors like those that `run` would.
         setup_context: saves what `backward` needs, as in `torch.autograd.Function`; None without a backward pass.
         backward: returns the gradients, likewise.
+        jvp: returns the forward-mode derivatives, likewise; compiled code has none.
     """
     op = _defined(signature, run, fake)
 
@@ -44,9 +46,9 @@ def define(
 
     with_gradients = compute
     if backward is not None and setup_context is not None:
-        name = qualified(signature.partition("(")[0])
-        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
-        with_gradients = differentiable(compute, setup_context, backward)
+        name = signature.partition("(")[0]
+        torch.library.register_autograd(qualified(name), backward, setup_context=setup_context, lib=_LIBRARY)
+        with_gradients = _differentiable(name, compute, setup_context, backward, jvp)
 
     def call(*arguments: Any) -> Any:
         # Compiled code takes the op as it is.
@@ -109,10 +111,14 @@ def _plain_keys(device_type: str) -> int:
     return keys
 
 
-def differentiable(
-    compute: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+def _differentiable(
+    name: str,
+    compute: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    jvp: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
-    """Return a function that computes with the given backward pass, also under the transforms of `torch.func`.
+    """Return a function that computes with the given derivatives, also under the transforms of `torch.func`.
 
     Those cannot differentiate an op registered from Python, but can a `torch.autograd.Function` with a
     `setup_context`. Such a one, and the registered op likewise, costs three times as much as a Function whose
@@ -124,15 +130,18 @@ def differentiable(
         setup_context(ctx, arguments, output)
         return output
 
+    derivatives = {"backward": staticmethod(backward)}
+    if jvp is not None:
+        derivatives["jvp"] = staticmethod(jvp)
     transformable = {
         "forward": staticmethod(lambda *arguments: compute(*arguments)),
         "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
         "generate_vmap_rule": True,
     }
-    eager = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    in_transforms: Any = type("OpInTransforms", (torch.autograd.Function,), transformable)
-    in_eager: Any = type("Op", (torch.autograd.Function,), eager)
+    # What errors, profiles and anomaly mode name.
+    title = name.title().replace("_", "")
+    in_transforms: Any = type(title, (torch.autograd.Function,), {**transformable, **derivatives})
+    in_eager: Any = type(title, (torch.autograd.Function,), {"forward": staticmethod(forward), **derivatives})
 
     def call(*arguments: Any) -> Any:
         return (in_transforms if torch._C._are_functorch_transforms_active() else in_eager).apply(*arguments)

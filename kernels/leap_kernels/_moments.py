@@ -79,6 +79,10 @@ class Adam8bitState:
         return self.state1, self.absmax1, self.state2, self.absmax2
 
 
+# So that `torch.load` takes checkpoints with such states in its safe mode.
+torch.serialization.add_safe_globals([Adam8bitState])
+
+
 # ---- reference -----------------------------------------------------------------------------------------------
 
 

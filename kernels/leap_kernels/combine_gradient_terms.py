@@ -114,7 +114,9 @@ def triton_forward(
         # The norms-only pass reads no share: any tensor will do.
         once = max_ratio is None
         launch(torch.full_like(coefficient, alpha) if once else coefficient, norms=True, write=once)
-        direct_norm, nested_norm = torch.linalg.vector_norm(norms_of_blocks, dim=2, dtype=torch.float64).float()
+        direct_norm, nested_norm = (
+            torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64).float() for norms in norms_of_blocks
+        )
         if not once:
             launch(_share(direct_norm, nested_norm, alpha, max_ratio), norms=False, write=True)
     return out, direct_norm, nested_norm

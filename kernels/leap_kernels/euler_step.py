@@ -117,6 +117,7 @@ def _fake(x: Tensor, velocity: Tensor, delta: Tensor, uncond: Tensor | None, sca
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, velocity, delta, uncond, scale = inputs
     ctx.save_for_backward(delta, scale)
+    ctx.save_for_forward(delta, scale)
     ctx.dtypes = velocity.dtype, None if uncond is None else uncond.dtype
     ctx.setting = current()
 
@@ -141,12 +142,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, grad_velocity, None, grad_uncond, None
 
 
+def _jvp(ctx: Any, x: Tensor, velocity: Tensor, delta: None, uncond: Tensor | None, scale: None) -> Tensor:
+    delta, scale = ctx.saved_tensors
+    tangent: Tensor = step(x, velocity, delta, uncond, scale)
+    return tangent
+
+
 step = define(
     "euler_step(Tensor x, Tensor velocity, Tensor delta, Tensor? uncond, Tensor? scale) -> Tensor",
     _run,
     _fake,
     _setup_context,
     _backward,
+    _jvp,
 )
 """`step(x, velocity, delta, uncond, scale)`, with the arguments of `reference_forward`."""
 

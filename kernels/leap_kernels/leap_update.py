@@ -95,6 +95,7 @@ def _fake(x: Tensor, velocity: Tensor, delta: Tensor, target: Tensor) -> tuple[T
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     _, velocity, delta, _ = inputs
     ctx.save_for_backward(delta)
+    ctx.save_for_forward(delta)
     ctx.velocity_dtype, ctx.setting = velocity.dtype, current()
     ctx.mark_non_differentiable(output[1])
 
@@ -107,12 +108,17 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return grad, grad_velocity, None, None
 
 
+def _jvp(ctx: Any, x: Tensor, velocity: Tensor, *_: None) -> tuple[Tensor, None]:
+    return step(x, velocity, ctx.saved_tensors[0], None, None), None
+
+
 _connect = define(
     "leap_update(Tensor x, Tensor velocity, Tensor delta, Tensor target) -> (Tensor, Tensor)",
     _run,
     _fake,
     _setup_context,
     _backward,
+    _jvp,
 )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _native
 from ._arguments import PerSample, check_latents, compute_dtype, expand, per_sample, size
 from ._dispatch import choose, current, register, resumed, unsupported
-from ._library import define, differentiable
+from ._library import define
 from ._triton import block_of_sample, jit, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -108,7 +108,8 @@ def _fake_twice(grad: Tensor, factor: Tensor, second_factor: Tensor, dtype: torc
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
     grad, *factors, _ = inputs
     ctx.save_for_backward(*factors)
-    ctx.dtype, ctx.setting = grad.dtype, current()
+    ctx.save_for_forward(*factors)
+    ctx.dtype, ctx.result_dtype, ctx.setting = grad.dtype, inputs[-1], current()
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,8 +120,19 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return sum(products[1:], products[0]), *(None for _ in products), None
 
 
+def _jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    (factor,) = ctx.saved_tensors
+    product: Tensor = scaled(tangent, factor, ctx.result_dtype)
+    return product
+
+
+def _jvp_twice(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+    products: tuple[Tensor, Tensor] = scaled_twice(tangent, *ctx.saved_tensors, ctx.result_dtype)
+    return products
+
+
 scaled = define(
-    "scaled(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor", _run, _fake, _setup_context, _backward
+    "scaled(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor", _run, _fake, _setup_context, _backward, _jvp
 )
 """`scaled(grad, factor, dtype)`: `factor * grad` in `dtype`; `factor` (B,) has the dtype of the arithmetic."""
 
@@ -130,13 +142,24 @@ scaled_twice = define(
     _fake_twice,
     _setup_context,
     _backward,
+    _jvp_twice,
 )
 """`scaled_twice(grad, factor, second_factor, dtype)`: both products from one pass over `grad`."""
 
 
+def _copied(x: Tensor, factor: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _fake_copy(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _setup_discount(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.setting = current()
+    x, factor = inputs
+    ctx.save_for_backward(factor)
+    ctx.save_for_forward(factor)
+    ctx.result_dtype, ctx.setting = x.dtype, current()
 
 
 def _backward_discount(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -144,23 +167,25 @@ def _backward_discount(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return resumed(ctx.setting, scaled, grad, factor, grad.dtype), None
 
 
-# Not a registered op: those must not return a view of an argument, and this is one.
-_discount = differentiable(lambda x, factor: x.view_as(x), _setup_discount, _backward_discount)
+_discount = define(
+    "scale_gradient(Tensor x, Tensor factor) -> Tensor", _copied, _fake_copy, _setup_discount, _backward_discount, _jvp
+)
 
 
 def scale_gradient(x: Tensor, factor: PerSample) -> Tensor:
-    """Return `x` unchanged, and multiply the gradient that comes back through it by `factor`.
+    """Return a copy of `x`, and multiply the gradient that comes back through it by `factor`.
 
     `scale_gradient(x, alpha)` has the value and gradient of `alpha * x + (1 - alpha) * stop_gradient(x)`,
-    without its arithmetic. `factor` is a constant; the product is taken in float32 (float64 for float64 `x`).
-    Any strides are taken.
+    without its arithmetic; a forward-mode derivative is multiplied likewise. A copy, so that either may be changed in
+    place: in a view, autograd would forbid it or lose the factor. `factor` is a constant; the product is taken in
+    float32 (float64 for float64 `x`). Any strides are taken.
 
     Args:
         x: (B, ...), float32, bfloat16, float16 or float64.
         factor: a number, or a tensor () or (B,).
 
     Returns:
-        A view of `x`.
+        The values of `x`, contiguous.
 
     Raises:
         ValueError: on a wrong shape or dtype, or an empty batch.

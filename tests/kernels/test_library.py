@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
 import threading
 
@@ -21,6 +22,7 @@ from leap_kernels import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 OPS = torch.ops.leap_kernels
@@ -43,6 +45,7 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
         "consistency_weighted_loss": [(leaf(2), torch.rand(2, 2, device=x.device), 0.5, 0.1)],
         "combine_gradient_terms": [(*fixed[:2], delta, 0.3, None), (*fixed[:2], delta, 0.3, 0.5)],
         "euler_step": [(x, v, delta, None, None), (x, v, delta, u, scale)],
+        "scale_gradient": [(x, delta)],
         "scaled": [(x, delta, torch.float32)],
         "scaled_twice": [(x, delta, scale, dtype)],
         "stochastic_round_": [(fixed[0].bfloat16(), fixed[1].float(), -3, 5)],
@@ -122,6 +125,72 @@ def test_transforms_differentiate_and_batch_ops() -> None:
     assert torch.equal(gradient, X)
     batched = torch.vmap(lambda v: leap_update(X, v, 1.0, 0.5)[0])(torch.stack([X, 2 * X]))
     assert torch.equal(batched, torch.stack([X / 2, 0 * X]))
+
+
+LINEAR = {
+    "leap": lambda x, v, u: leap_update(x, v, 1.0, 0.25)[0],
+    "connector": lambda x, v, u: leap_update(x, v, 1.0, 0.25, torch.ones_like(x))[0],
+    "euler": lambda x, v, u: euler_step(x, v, 1.0, 0.25),
+    "guided": lambda x, v, u: euler_step(x, v, 1.0, 0.25, u, 3.5),
+    "scaled": lambda x, v, u: scale_gradient(x, 0.3),
+    "scaled twice": lambda x, v, u: torch.autograd.grad(
+        euler_step(X.double(), v * 1, 1.0, 0.25, u * 1, 3.5), (v, u), x, create_graph=True
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_forward_mode_is_the_transpose_of_the_backward_pass(name: str) -> None:
+    """Of each input by itself, and in the transform of torch.func."""
+    inputs = [leaf(2, 3, dtype=torch.float64) for _ in range(3)]
+    tangents = [latents(2, 3) for _ in inputs]
+    cotangent = latents(2, 3)
+    output = LINEAR[name](*inputs)
+    gradients = torch.autograd.grad(output, inputs, cotangent, allow_unused=True, retain_graph=True)
+    for number, (gradient, tangent) in enumerate(zip(gradients, tangents, strict=True)):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(x, tangent) if i == number else x for i, x in enumerate(inputs)]
+            forward = forward_ad.unpack_dual(LINEAR[name](*duals)).tangent
+        if gradient is None:
+            assert forward is None or not forward.any()
+        else:
+            torch.testing.assert_close((forward * cotangent).sum(), (gradient * tangent).sum())
+
+
+@pytest.mark.parametrize("name", [name for name in LINEAR if name != "scaled twice"])
+def test_forward_mode_of_torch_func(name: str) -> None:
+    x, v, u = (latents(2, 3) for _ in range(3))
+    forward, reverse = (
+        jacobian(LINEAR[name], argnums=1)(x, v, u) for jacobian in (torch.func.jacfwd, torch.func.jacrev)
+    )
+    torch.testing.assert_close(forward, reverse)
+
+
+def test_what_scale_gradient_returns_can_be_changed_in_place() -> None:
+    x = leaf(2, 3)
+    y = scale_gradient(x, 0.5)
+    y += 1
+    y.mul_(3)
+    assert torch.equal(y, (x + 1) * 3)
+    (gradient,) = torch.autograd.grad(y, x, X)
+    assert torch.equal(gradient, 1.5 * X)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in")
+def test_anomaly_mode_names_the_op() -> None:
+    velocity = X.clone().requires_grad_()
+    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="'EulerStepBackward' returned nan"):
+        euler_step(X, velocity, 1.0, 0.5).backward(torch.nan * X)
+
+
+def test_moments_are_loaded_in_safe_mode() -> None:
+    file = io.BytesIO()
+    state = Adam8bitState.zeros_like(X)
+    torch.save({"moments": state}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["moments"]
+    assert isinstance(loaded, Adam8bitState)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.tensors(), state.tensors(), strict=True))
 
 
 def test_backward_takes_a_batch_of_gradients() -> None:

@@ -12,7 +12,6 @@ def test_value_and_gradient_of_the_blend(factor) -> None:
     x, grad = latents(3, 4, 5).requires_grad_(), latents(3, 4, 5)
     y = scale_gradient(x, factor)
     assert torch.equal(y, x)
-    assert y.data_ptr() == x.data_ptr()
     (ours,) = torch.autograd.grad(y, x, grad)
     alpha = torch.as_tensor(factor, dtype=torch.float64).expand(3).view(-1, 1, 1)
     (blend,) = torch.autograd.grad(alpha * x + (1 - alpha) * x.detach(), x, grad)

@@ -213,8 +213,7 @@ CASES = (
         latents=_latents("x"),
         plain=_plain_scale,
         fused=_op_scale,
-        # A view moves nothing.
-        forward_bytes=0,
+        forward_bytes=4,
         backward_bytes=4,
         differentiable=("x",),
     ),
