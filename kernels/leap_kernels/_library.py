@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._shards import Unit, on_parts, spread
+
 # A copy of this package under another name has ops of its own.
 _NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
@@ -26,6 +28,7 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     jvp: Callable[..., Any] | None = None,
+    unit: Unit = "batch",
 ) -> Callable[..., Any]:
     """Define an op that neither changes nor returns its arguments, and return a function that calls it.
 
@@ -38,15 +41,19 @@ def define(
         setup_context: saves what `backward` needs, as in `torch.autograd.Function`; None without a backward pass.
         backward: returns the gradients, likewise.
         jvp: returns the forward-mode derivatives, likewise; compiled code has none.
+        unit: what can be computed by itself, of tensors that are spread over processes.
     """
     op = _defined(signature, run, fake)
 
+    name = signature.partition("(")[0]
+
     def compute(*arguments: Any) -> Any:
-        return (op if _observed(arguments) else run)(*arguments)
+        if not _observed(arguments):
+            return run(*arguments)
+        return on_parts(name, unit, compute, arguments) if spread(arguments) else op(*arguments)
 
     with_gradients = compute
     if backward is not None and setup_context is not None:
-        name = signature.partition("(")[0]
         torch.library.register_autograd(qualified(name), backward, setup_context=setup_context, lib=_LIBRARY)
         with_gradients = _differentiable(name, compute, setup_context, backward, jvp)
 
@@ -59,19 +66,29 @@ def define(
     return call
 
 
-def define_in_place(signature: str, run: Callable[..., None], written: int = 1) -> Callable[..., None]:
+def define_in_place(
+    signature: str, run: Callable[..., None], written: int = 1, unit: Unit = "batch"
+) -> Callable[..., None]:
     """Define an op that returns nothing, and return a function that calls it.
 
     Args:
         signature: name and arguments, in the language of PyTorch's schemas.
         run: computes the op on real tensors.
         written: how many arguments, from the first on, it writes into.
+        unit: as for `define`.
     """
     op = _defined(signature, run, lambda *_: None)
+    name = signature.partition("(")[0]
 
     def call(*arguments: Any) -> None:
-        if torch.compiler.is_compiling() or _observed(arguments):
+        if torch.compiler.is_compiling():
             op(*arguments)
+            return
+        if _observed(arguments):
+            if spread(arguments):
+                on_parts(name, unit, call, arguments)
+            else:
+                op(*arguments)
             return
         run(*arguments)
         # So that autograd notices, as it does after any op in place, if it had saved a tensor.

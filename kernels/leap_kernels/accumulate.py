@@ -70,7 +70,7 @@ def _run(total: Tensor, value: Tensor) -> None:
         total.copy_(whole)
 
 
-_add = define_in_place("accumulate_(Tensor(a!) total, Tensor value) -> ()", _run)
+_add = define_in_place("accumulate_(Tensor(a!) total, Tensor value) -> ()", _run, unit="element")
 
 
 @torch.no_grad()

@@ -173,6 +173,7 @@ _combine = define(
     " -> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
+    unit="sample",
 )
 
 

@@ -72,7 +72,7 @@ def _run(average: Tensor, weights: Tensor, decay: float) -> None:
         average.copy_(whole)
 
 
-_update = define_in_place("ema_update_(Tensor(a!) average, Tensor weights, float decay) -> ()", _run)
+_update = define_in_place("ema_update_(Tensor(a!) average, Tensor weights, float decay) -> ()", _run, unit="element")
 
 
 @torch.no_grad()

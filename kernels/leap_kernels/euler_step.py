@@ -155,6 +155,7 @@ step = define(
     _setup_context,
     _backward,
     _jvp,
+    "element",
 )
 """`step(x, velocity, delta, uncond, scale)`, with the arguments of `reference_forward`."""
 

@@ -123,6 +123,7 @@ _distances = define(
     " -> (Tensor, Tensor)",
     _run,
     _fake,
+    unit="sample",
 )
 
 

@@ -119,6 +119,7 @@ _connect = define(
     _setup_context,
     _backward,
     _jvp,
+    "sample",
 )
 
 

@@ -132,7 +132,13 @@ def _jvp_twice(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
 
 
 scaled = define(
-    "scaled(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor", _run, _fake, _setup_context, _backward, _jvp
+    "scaled(Tensor grad, Tensor factor, ScalarType dtype) -> Tensor",
+    _run,
+    _fake,
+    _setup_context,
+    _backward,
+    _jvp,
+    "element",
 )
 """`scaled(grad, factor, dtype)`: `factor * grad` in `dtype`; `factor` (B,) has the dtype of the arithmetic."""
 
@@ -143,6 +149,7 @@ scaled_twice = define(
     _setup_context,
     _backward,
     _jvp_twice,
+    "element",
 )
 """`scaled_twice(grad, factor, second_factor, dtype)`: both products from one pass over `grad`."""
 
@@ -168,7 +175,13 @@ def _backward_discount(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 
 _discount = define(
-    "scale_gradient(Tensor x, Tensor factor) -> Tensor", _copied, _fake_copy, _setup_discount, _backward_discount, _jvp
+    "scale_gradient(Tensor x, Tensor factor) -> Tensor",
+    _copied,
+    _fake_copy,
+    _setup_discount,
+    _backward_discount,
+    _jvp,
+    "element",
 )
 
 
