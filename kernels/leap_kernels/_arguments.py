@@ -7,6 +7,8 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_EXACT = (torch.float32, torch.float64)
+
 PerSample = float | Tensor
 """A value per sample: a Python number, a 0-d tensor, or a tensor of shape (B,)."""
 
@@ -86,7 +88,8 @@ def per_sample(op: str, name: str, value: PerSample, like: Tensor, dtype: torch.
     _check_per_sample(op, name, value, batch)
     if value.requires_grad:
         value = value.detach()
-    value = value.to(device=like.device, dtype=dtype)
+    if value.dtype != dtype or value.device != like.device:
+        value = value.to(device=like.device, dtype=dtype)
     return (value if value.ndim == 1 else value.expand(batch)).contiguous()
 
 
@@ -109,6 +112,8 @@ def _exact(op: str, name: str, value: PerSample, like: Tensor) -> PerSample:
     if not isinstance(value, Tensor):
         return value
     _check_per_sample(op, name, value, like.shape[0])
+    if value.dtype in _EXACT and value.device == like.device:
+        return value
     return value.to(like.device, torch.float64 if value.dtype == torch.float64 else torch.float32)
 
 

@@ -1,13 +1,14 @@
 """Decides, at call time, which backend runs an op: Triton, native CPU code or the PyTorch reference.
 
-The environment variable `LEAP_KERNELS=auto|triton|native|reference` sets the wish; `use_backend` overrides it
-for a block of code. `auto` means Triton for tensors on a GPU and native code for tensors on the CPU. Where a
+The environment variable `LEAP_KERNELS=auto|triton|native|reference`, read once, sets the wish; `use_backend`
+overrides it for a block of code. `auto` means Triton for tensors on a GPU and native code for tensors on the CPU. Where a
 backend cannot take the tensors, the reference does, and the reason is logged once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -171,8 +172,13 @@ def _setting() -> Setting:
     override = _override.get()
     if override is not None:
         return override
-    name = os.environ.get("LEAP_KERNELS", "auto")
-    return _BY_NAME.get(name) or Setting(_checked(name, "value of LEAP_KERNELS"))
+    return _of_the_process()
+
+
+@functools.cache
+def _of_the_process() -> Setting:
+    # Once: asking takes as long as a small kernel.
+    return _BY_NAME[_checked(os.environ.get("LEAP_KERNELS", "auto"), "value of LEAP_KERNELS")]
 
 
 def _wanted(setting: Setting, device: torch.device) -> Backend:

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 
 import leap_kernels
 import pytest
@@ -42,15 +43,28 @@ def no_native_library(monkeypatch, tmp_path):
     _native._load.cache_clear()
 
 
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets LEAP_KERNELS, as a new process would find it."""
+
+    def set_to(name: str) -> None:
+        monkeypatch.setenv("LEAP_KERNELS", name)
+        _dispatch._of_the_process.cache_clear()
+
+    yield set_to
+    monkeypatch.undo()
+    _dispatch._of_the_process.cache_clear()
+
+
 @pytest.mark.native
 def test_cpu_tensors_use_native_code_by_default() -> None:
     assert chosen() == "native"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_environment_and_context_manager_choose(backend: str, monkeypatch) -> None:
+def test_environment_and_context_manager_choose(backend: str, environment: Callable[[str], None]) -> None:
     if backend != "triton" or _triton.unavailable(X.device) is None:
-        monkeypatch.setenv("LEAP_KERNELS", backend)
+        environment(backend)
         assert chosen() == backend
         with use_backend("reference"):
             assert chosen() == "reference"
@@ -69,13 +83,13 @@ def test_setting_ends_with_the_block_and_stays_in_its_thread() -> None:
     assert seen == ["auto"]
 
 
-def test_unknown_backend_is_an_error(monkeypatch) -> None:
+def test_unknown_backend_is_an_error(environment: Callable[[str], None]) -> None:
     with (
         pytest.raises(ValueError, match="choose one of auto, triton, native, reference"),
         use_backend("cuda"),
     ):
         pass
-    monkeypatch.setenv("LEAP_KERNELS", "fast")
+    environment("fast")
     with pytest.raises(ValueError, match="LEAP_KERNELS 'fast'"):
         chosen()
 
