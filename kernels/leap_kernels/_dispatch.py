@@ -1,8 +1,8 @@
 """Decides, at call time, which backend runs an op: Triton, native CPU code or the PyTorch reference.
 
 The environment variable `LEAP_KERNELS=auto|triton|native|reference`, read once, sets the wish; `use_backend`
-overrides it for a block of code. `auto` means Triton for tensors on a GPU and native code for tensors on the CPU. Where a
-backend cannot take the tensors, the reference does, and the reason is logged once.
+overrides it for a block of code. `auto` means Triton for tensors on a GPU and native code for tensors on the CPU. Where
+a backend cannot take the tensors, the reference does, and the reason is logged once.
 """
 
 from __future__ import annotations
