@@ -1,6 +1,6 @@
 """Write the tables of a document from the JSON lines in benchmarks/results.
 
-    python benchmarks/tables.py docs/kernels.md
+    python benchmarks/tables.py kernels/README.md
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->` and comes from NAME.jsonl; text around it is kept.
 """

@@ -56,7 +56,6 @@ PARSED_ONLY = {
     "python3 -m venv": "so is this",
     "tensorboard": "it serves until it is stopped",
     "leapalign demo": "three minutes; tests/tiny has it",
-    "python -m pip install .": "that is how the wheel gets here",
     "python -m pytest": "that is what runs this",
     "python -m leap_kernels audit": "minutes; tests/kernels has it",
     "python -m leap_kernels bench": "minutes; tests/kernels has it",

@@ -1,4 +1,4 @@
-"""docs/kernels.md keeps its word: its examples run, its ops exist, its tables say what the results say."""
+"""kernels/README.md keeps its word: its examples run, its ops exist, its tables say what the results say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from leap_kernels._catalog import OPS
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "kernels.md"
+PAGE = ROOT / "kernels" / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
 
 

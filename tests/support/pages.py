@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "kernels/README.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+)
 PROGRAMS = ("leapalign", "make", "python", "printf", ".venv/bin/pre-commit", "hf", "pip", "python3", "tensorboard")
 SHELLS = ("bash", "sh", "shell", "console")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
