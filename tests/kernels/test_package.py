@@ -82,7 +82,7 @@ def test_both_can_be_installed_and_either_removed(
         uninstall(python, removed)
         assert said(python, SUM) == "[2.0, 2.0, 2.0]"
     python = tmp_path / KERNELS / "bin" / "python"
-    assert where(python) == "_bundled"
+    assert where(python) == "leapalign_bundled"
     said(python, trains)
 
 
