@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from leapalign.memory.residency import host_memory, made_for, note_traffic
+from leapalign.memory.exchange import exchanged
+from leapalign.memory.residency import host_memory
 from leapalign.memory.transfer import pinned
 
 
@@ -26,21 +27,6 @@ class BaseWeights:
             for held, parameter in zip(self._held, parameters, strict=True):
                 held.copy_(parameter)
 
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
+    def lent(self) -> contextlib.AbstractContextManager[None]:
         """Within the block the parameters hold the copy; after it, to the bit, what they held before."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for held, parameter in zip(self._held, self._parameters, strict=True):
-            with made_for("weights"):
-                aside = parameter.clone()
-            parameter.copy_(held)
-            held.copy_(aside)
-            note_traffic("to_device", held.nbytes)
-            note_traffic("to_host", held.nbytes)
+        return exchanged(self._parameters, self._held)

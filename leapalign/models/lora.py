@@ -95,8 +95,9 @@ def adapter_alpha(transformer: Any) -> float:
 
 def save_adapter(transformer: Any, folder: Path) -> None:
     """Writes the adapters of ``transformer`` to ``folder``, in diffusers' layout."""
+    state = transformer.state_dict()
     matrices = {
-        name.replace(f".{ADAPTER}.", "."): parameter.detach().to("cpu").contiguous()
+        name.replace(f".{ADAPTER}.", "."): state[name].detach().to("cpu").contiguous()
         for name, parameter in transformer.named_parameters()
         if parameter.requires_grad
     }

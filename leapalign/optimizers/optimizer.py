@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from leapalign.config import EmaConfig, OptimizerConfig
 from leapalign.inputs.validation import UserError
+from leapalign.memory.exchange import exchanged
 from leapalign.memory.host_gradients import HostGradients
 from leapalign.memory.host_weights import HostWeights
 from leapalign.memory.residency import host_memory, made_for
@@ -120,16 +121,12 @@ class Optimizer:
         """What takes gradients over as they complete; None: they add up in ``.grad``."""
         return self._gradients.add if self._gradients is not None else None
 
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Within the block the model holds the weight average."""
-        with self.changing_weights():
-            own = self.average.swap_in()
-        try:
-            yield
-        finally:
-            with self.changing_weights():
-                self.average.swap_out(own)
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the model holds the weight average, and the average's tensors, of one dtype, the weights.
+
+        Of another dtype, the average is rounded to a copy of its own first.
+        """
+        return exchanged(self._parameters, self.average.as_weights(), self.changing_weights)
 
     @contextlib.contextmanager
     def changing_weights(self) -> Iterator[None]:

@@ -86,21 +86,11 @@ class WeightAverage:
 
     def copy_to(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sets ``parameters`` to the average, rounded to their dtype."""
-        _set(parameters, self.tensors)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, self.tensors, strict=True):
+                parameter.copy_(value)
 
-    def swap_in(self) -> list[Tensor]:
-        """Sets the weights to the average, and returns what they were, in host memory."""
+    def as_weights(self) -> list[Tensor]:
+        """The average in the dtype of the weights, in host memory: its own tensors, where they have it."""
         with host_memory("average"):
-            own = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
-        self.copy_to(self._parameters)
-        return own
-
-    def swap_out(self, own: Sequence[Tensor]) -> None:
-        """Sets the weights back to what `swap_in` returned."""
-        _set(self._parameters, own)
-
-
-@torch.no_grad()
-def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+            return [value.to(weights.dtype) for value, weights in zip(self.tensors, self._parameters, strict=True)]

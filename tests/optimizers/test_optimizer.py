@@ -217,16 +217,17 @@ def test_what_an_average_of_300_iterations_is_made_of(options: dict[str, Any], a
         assert (shares > 0).nonzero().flatten().tolist() == list(range(9, 300, 10))
 
 
-def test_weights_come_back_from_the_average() -> None:
+@pytest.mark.parametrize("ema", ["float32", "bfloat16"])
+def test_weights_come_back_from_the_average(ema: str) -> None:
     weights = parameters(torch.bfloat16)
-    average = WeightAverage(weights, EmaConfig(dtype="float32"), seed=0)
+    optimizer = optimizer_of(weights, ema, name="adamw_8bit")
     own = [weight.detach().clone() for weight in weights]
-    with torch.no_grad():
-        average.tensors[0].zero_()
-    before = average.swap_in()
-    assert float(weights[0].detach().abs().sum()) == 0
-    average.swap_out(before)
+    optimizer.average.tensors[0].zero_()
+    averages = [tensor.clone() for tensor in optimizer.average.tensors]
+    with optimizer.averaged_weights():
+        assert all(torch.equal(weight, average.bfloat16()) for weight, average in zip(weights, averages, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(weights, own, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.average.tensors, averages, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoint_damage import FILES, flip
-from small_runs import SHORT, config_of, train
+from safetensors.torch import load_file
+from small_runs import SHORT, config_of, train, weights
 
 from leapalign.cli import main
 from leapalign.inputs.validation import UserError
+from leapalign.models.weights import save_weights
+from leapalign.planning.ledger import Peak, StorageLedger
 from leapalign.runs import checkpoint
-from leapalign.runs.checkpoint import latest_checkpoint, step_folder
+from leapalign.runs.checkpoint import AVERAGE, latest_checkpoint, save_checkpoint, step_folder
 from leapalign.storage import durable
 from leapalign.storage.manifest import damage
 from leapalign.trainer import Trainer
@@ -37,6 +41,51 @@ def test_the_files_of_a_checkpoint_are_these(trained: Path) -> None:
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == list(FILES)
     described = json.loads((folder / "manifest.json").read_text())["files"]
     assert sorted(described) == list(FILES[1:])
+
+
+def read(folder: Path) -> dict[str, object]:
+    """The bytes of each file; of safetensors, whose metadata come in any order, the tensors."""
+    return {
+        path.name: {name: (value.dtype, value.tolist()) for name, value in load_file(path).items()}
+        if path.suffix == ".safetensors"
+        else path.read_bytes()
+        for path in folder.iterdir()
+    }
+
+
+HOST = ("memory.optimizer=host",)
+STREAMED = (*HOST, "memory.weights=streamed", "memory.checkpointing=blocks")
+KINDS = {
+    "an average like the weights": ("model.dtype=bfloat16", "ema.dtype=bfloat16"),
+    "an average of another dtype": ("model.dtype=bfloat16", "ema.dtype=float32"),
+    "an adapter": ("model.lora_rank=2",),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [*((kind, place) for kind in list(KINDS)[:2] for place in ((), HOST, STREAMED)), ("an adapter", ())],
+    ids=str,
+)
+def test_the_average_is_saved_as_the_model_that_holds_it(
+    parts: Path, tmp_path: Path, kind: str, place: tuple[str, ...]
+) -> None:
+    """Byte for byte, and the model never holds it; what it needs beyond what is there is a copy of another dtype."""
+    trainer = train(config_of(parts, tmp_path / "run", *SHORT, "checkpoint.every=3", *KINDS[kind], *place))
+    transformer, optimizer = trainer.model.transformer, trainer.optimizer
+    with optimizer.averaged_weights():
+        save_weights(transformer, tmp_path / "held")
+    own, average = weights(trainer), optimizer.average.tensors
+    there = [*transformer.state_dict().values(), *average, *optimizer.tensors().values()]
+    with StorageLedger() as ledger:
+        ledger.exclude(*there)
+        save_checkpoint(tmp_path, 4, transformer, optimizer, keep=1)
+    saved = [read(tmp_path / "held"), read(step_folder(tmp_path, 4) / AVERAGE)]
+    assert saved[0] == saved[1]
+    assert torch.equal(weights(trainer), own)
+    rounded = sum(p.nbytes for p, mean in zip(optimizer._parameters, average, strict=True) if p.dtype != mean.dtype)
+    assert ledger.peak == 0
+    assert ledger.host.peaks.get("setup", Peak()).total == rounded
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, remove])

@@ -94,7 +94,7 @@ def hold(run: Path, held: Path) -> None:
 
 @pytest.mark.posix
 def test_a_folder_in_use_is_refused_by_pid_and_free_after_kill_9(
-    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     run, held = tmp_path / "run", tmp_path / "held"
     run.mkdir()
@@ -115,8 +115,12 @@ def test_a_folder_in_use_is_refused_by_pid_and_free_after_kill_9(
     assert (run / LOCK).exists()
     with run_lock(run):
         assert (run / "run.pid").read_text() == f"{os.getpid()}\n"
+    told = f"process {process.pid}, by which '{run}' was trained last, was killed from outside"
+    assert told in caplog.text
+    caplog.clear()
     with run_lock(run):  # and free again
         pass
+    assert not caplog.text, "it ended by itself"
 
 
 def test_a_run_can_be_locked_once_only(tmp_path: Path) -> None:

@@ -81,7 +81,6 @@ def test_run_folder_shows_everything(short_demo: tuple[Path, dict[str, object]])
         "checkpoints",
         "samples",
         "run.lock",
-        "run.pid",
         "watch.jsonl",
         "watch_base.safetensors",
         *CURVES,
