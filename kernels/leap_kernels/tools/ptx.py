@@ -42,7 +42,8 @@ class Access:
     """One global memory instruction, and what it moved in all its executions.
 
     `argument` is the kernel's parameter that it addresses, None as long as it moved nothing; `bits` are those of
-    one thread; `requested` the bytes; `scalar` says whether the threads shared one address each time.
+    one thread; `requested` the bytes; `scalar` says whether the threads shared one address each time; `first` and
+    `end` bound the bytes, counted from the parameter's address.
     """
 
     opcode: str
@@ -50,6 +51,8 @@ class Access:
     argument: int | None = None
     scalar: bool = True
     requested: int = 0
+    first: int = _STRETCH
+    end: int = 0
     sectors: set[int] = field(default_factory=set, repr=False)
 
     @property
@@ -170,6 +173,9 @@ class _Walk:
         touched = np.unique(different[:, None] + np.arange(bits // 8, dtype=np.uint64))
         access.argument = int(different[0]) // _STRETCH - 1
         access.requested += touched.size
+        start = (access.argument + 1) * _STRETCH
+        access.first = min(access.first, int(touched[0]) - start)
+        access.end = max(access.end, int(touched[-1]) + 1 - start)
         if different.size > 1:
             access.scalar = False
             access.sectors.update((touched // np.uint64(SECTOR)).tolist())
