@@ -12,6 +12,7 @@ noise level or a partial sum, costs its bytes alone: the rest of its sector serv
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .ptx_integers import Lanes, Value, evaluate, width
+from .ptx_integers import Lanes, Value, evaluate, truncate, width
 from .ptx_parse import Instruction, Uncountable, parse
 
 SECTOR = 32
@@ -192,14 +193,16 @@ class _Walk:
         if not instruction.operands:
             return
         targets = re.findall(r"%[\w.]+", instruction.operands[0])
-        value = self._result(instruction) if len(targets) == 1 else None
-        for target in targets:
-            self.registers[target] = _merge(self.registers.get(target), value, active)
+        value = self._result(instruction) if len(targets) == 1 or instruction.opcode.startswith("mov") else None
+        for target, part in zip(targets, _parts(value, instruction.opcode, len(targets)), strict=True):
+            self.registers[target] = _merge(self.registers.get(target), part, active)
 
     def _result(self, instruction: Instruction) -> Value:
         sources = instruction.operands[1:]
         if instruction.opcode.startswith("ld.param"):
             return self._parameter(sources[0])
+        if instruction.opcode.startswith("mov") and sources[0].startswith("{"):
+            return _joined([self._read(part.strip()) for part in sources[0].strip("{}").split(",")], instruction.opcode)
         if any(source.startswith(("[", "{")) for source in sources):
             return None
         return evaluate(instruction.opcode, [self._read(source) for source in sources])
@@ -220,6 +223,24 @@ class _Walk:
 
     def _same(self, value: int) -> Lanes:
         return np.full(self.threads, value % (1 << 64), dtype=np.uint64)
+
+
+def _parts(value: Value, opcode: str, count: int) -> list[Value]:
+    """Take a register apart, into as many of equal width, the lowest bits first."""
+    if value is None or count == 1:
+        return [value] * count
+    bits = width(opcode.rpartition(".")[2]) // count
+    return [truncate(value >> np.uint64(bits * place), bits) for place in range(count)]
+
+
+def _joined(parts: list[Value], opcode: str) -> Value:
+    """Put a register together from several, the lowest bits first."""
+    bits = width(opcode.rpartition(".")[2]) // len(parts)
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    shifted = [truncate(part, bits) << np.uint64(bits * place) for place, part in enumerate(known)]
+    return functools.reduce(np.bitwise_or, shifted)
 
 
 def _merge(before: Value, value: Value, active: Value) -> Value:
