@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import json
 import math
@@ -25,25 +24,21 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from leap_kernels.tools.report import provenance
-from torch import Tensor
 
+from benchmarks.gpu_measures import bandwidth, free_memory, large_step, measured_step
 from benchmarks.tables import RESULTS, markdown
 from leapalign.cli.doctor import diagnose
-from leapalign.config import Config, load_config
+from leapalign.config import load_config
 from leapalign.inputs.paths import path_argument
 from leapalign.inputs.validation import UserError, brief, did_you_mean
-from leapalign.memory.residency import Stage, watched
-from leapalign.memory.transfer import Lane, pinned
-from leapalign.planning.model_skeleton import skeleton, skeleton_trainer
-from leapalign.planning.simulate import GPUS, Simulation, gib, simulate, step_seconds
+from leapalign.planning.simulate import gib
 from leapalign.storage.durable import make_folder, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -51,10 +46,6 @@ TINY, PROFILE = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "flux1_dev" /
 ON_DEVICE = ("optimizer.name=adamw_8bit", "rollout.batch_size=8", "memory.checkpointing=blocks")
 ON_HOST = (*ON_DEVICE, "memory.optimizer=host")
 PLACES = {"device": ON_DEVICE, "host": ON_HOST, "streamed": (*ON_HOST, "memory.weights=streamed")}
-ROLLOUTS = 2
-"""In a measured step: the first makes gradients, the second adds to them, as all others would."""
-RESERVE = 2 << 30
-"""Bytes to spare for a GPU's libraries and fragmentation, and for the host's system."""
 
 MOST_COPIED = 1 << 30
 """Bytes of a copy whose rate is measured, or an eighth of the device's free memory if that is less."""
@@ -77,7 +68,7 @@ def parts(device: torch.device, profile: Path, output: Path, dry: bool = False) 
     return {
         "machine": diagnose,
         "tests": lambda: command(logs["tests"], *tests, *(("tests/kernels/test_cuda.py",) if dry else ()))[-1],
-        "bandwidth": lambda: bandwidth(device, 1 << 20 if dry else min(MOST_COPIED, _free(device) // 8)),
+        "bandwidth": lambda: bandwidth(device, 1 << 20 if dry else min(MOST_COPIED, free_memory(device) // 8)),
         **tiny,
         "large": lambda: large_step(large(), device),
         "kernels": lambda: [json.loads(line) for line in command(logs["kernels"], *bench) if line.startswith("{")],
@@ -151,100 +142,6 @@ def command(log: Path, *arguments: str) -> list[str]:
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}, see {log.name}: {printed[-100:]}")
     return printed.splitlines() or [""]
-
-
-def bandwidth(device: torch.device, size: int) -> dict[str, float]:
-    """GB/s between pinned host memory and the device, one way at a time: the best of five copies of ``size`` bytes.
-
-    Beside them, under `bytes`, the size.
-    """
-    lane, like = Lane(device), torch.zeros(1, dtype=torch.uint8)
-    host, there = pinned(size, like, device).fill_(1), lane.device_memory(size, like)
-
-    def seconds(target: Tensor, source: Tensor) -> float:
-        lane.finish()
-        begin = time.perf_counter()
-        lane.copy(target, source, after=lane.mark()).synchronize()
-        return time.perf_counter() - begin
-
-    ways = {"to_device": (there, host), "to_host": (host, there)}
-    rates = {name: size / min(seconds(*way) for _ in range(5)) / 1e9 for name, way in ways.items()}
-    return {"bytes": size, **rates}
-
-
-def _memory() -> int:
-    """Bytes of the host's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _free(device: torch.device) -> int:
-    """Free bytes of the device, whose memory is the host's where it is the CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _memory()
-
-
-def large_step(config: Config, device: torch.device) -> dict[str, Any]:
-    """`measured_step`, where the simulation says that it fits. Raises UserError where it does not."""
-    found = simulate(two_rollouts(config))
-    free, memory = _free(device), _memory()
-    if found.device_peak + RESERVE > free or found.host_peak + RESERVE > memory:
-        raise UserError(
-            f"needs {gib(found.device_peak)} GiB of the device and {gib(found.host_peak)} of the host, and there are "
-            f"{gib(free)} and {gib(memory)}; choose a smaller --profile"
-        )
-    return measured_step(config, device, found)
-
-
-def two_rollouts(config: Config) -> Config:
-    """With the optimizer step after `ROLLOUTS` rollouts."""
-    size = ROLLOUTS * min(config.rollout.batch_size, config.train.batch_size)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
-
-
-def measured_step(config: Config, device: torch.device, found: Simulation | None = None) -> dict[str, Any]:
-    """An iteration of two rollouts on random weights: seconds and peaks, beside those computed.
-
-    The first iteration warms up and is not timed.
-    """
-    config = two_rollouts(config)
-    found = found or simulate(config)
-    home = torch.device("cpu") if config.memory.optimizer == "host" else device
-    trainer = skeleton_trainer(config, skeleton(config, home, ROLLOUTS), device)
-    trainer.train_one()
-    seconds, peaks, reserved, trainer.iteration = Counter[Stage](), Counter[Stage](), Counter[Stage](), 1
-    with watched(lambda name: _measuring(name, device, seconds, peaks, reserved)):
-        metrics = trainer.train_one()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    computed = {gpu: step_seconds(found, gpu) for gpu in GPUS if gpu.split()[-1] in name}
-    return {
-        "seconds": dict(seconds),
-        "seconds_computed": next(iter(computed.values()), None),
-        "peak_bytes": dict(peaks),
-        "peak_bytes_reserved": dict(reserved),
-        "peak_bytes_simulated": {stage: peak.total for stage, peak in found.device.items()},
-        "metrics": metrics,
-    }
-
-
-@contextlib.contextmanager
-def _measuring(
-    name: Stage,
-    device: torch.device,
-    seconds: Counter[Stage],
-    peaks: Counter[Stage],
-    reserved: Counter[Stage],
-) -> Iterator[None]:
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    begin = time.perf_counter()
-    yield
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device))
-        # With the allocator's gaps: what the GPU has to have.
-        reserved[name] = max(reserved[name], torch.cuda.max_memory_reserved(device))
-    seconds[name] += time.perf_counter() - begin
 
 
 def page(report: dict[str, Any]) -> str:

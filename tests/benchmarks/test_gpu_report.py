@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_report
+from benchmarks import gpu_measures, gpu_report
 from leapalign.inputs.validation import UserError
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_parts_are_added_to_a_report_of_the_same_software(tmp_path: Path) -> Non
 def test_a_step_on_random_weights_is_measured_beside_its_simulation(place: str) -> None:
     sizes = ("rollout.num_steps=3", "rollout.batch_size=2", "train.batch_size=4", "threshold=2.0")
     asked = (*gpu_report.PLACES[place], *sizes)
-    step = gpu_report.measured_step(gpu_report.load_config(gpu_report.TINY, asked), CPU)
+    step = gpu_measures.measured_step(gpu_report.load_config(gpu_report.TINY, asked), CPU)
     assert set(step["seconds"]) == {"rollout", "reward", "surrogate", "optimizer"}
     assert all(seconds > 0 for seconds in step["seconds"].values())
     assert step["metrics"]["grad_norm"] > 0
@@ -100,7 +100,7 @@ def test_a_stages_peaks_are_the_largest(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: next(held))
     seconds, peaks, reserved = Counter(), Counter(), Counter()
     for _ in range(2):
-        with gpu_report._measuring("reward", torch.device("cuda"), seconds, peaks, reserved):
+        with gpu_measures.measuring("reward", torch.device("cuda"), seconds, peaks, reserved):
             pass
     assert (peaks["reward"], reserved["reward"]) == (3, 6)
 
@@ -114,9 +114,9 @@ def test_a_commands_output_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_step_that_would_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_report, "RESERVE", 1 << 60)
+    monkeypatch.setattr(gpu_measures, "RESERVE", 1 << 60)
     with pytest.raises(UserError, match="choose a smaller --profile"):
-        gpu_report.large_step(gpu_report.load_config(gpu_report.TINY, ("rollout.num_steps=2",)), CPU)
+        gpu_measures.large_step(gpu_report.load_config(gpu_report.TINY, ("rollout.num_steps=2",)), CPU)
 
 
 @pytest.mark.parametrize(
