@@ -2,164 +2,146 @@
 
     python -m benchmarks.gpu_report --profile configs/flux1_dev/80gb.yaml
 
-Writes gpu_report.json and prints it as Markdown. A part that fails says so, and the others go on. The step of
-FLUX.1-dev's size has random weights, so that nothing is downloaded; it is left out where its memory would not suffice.
+Writes gpu_report.json after each part, and prints it as Markdown at the end. A part that fails says so, and the others
+go on. What commands print, such as the tests, lies beside the report in a log of its own. The step of the profile's
+size has random weights, so that nothing is downloaded; it is left out where its memory would not suffice.
+
+    python -m benchmarks.gpu_report --parts large kernels --budget 1500
+
+adds these parts to the report that is there, and begins none after 1500 seconds. `--dry-run` runs every part on the CPU
+with tiny shapes: it shows that the report works, and no figure in it is a GPU's.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from leap_kernels.tools.report import provenance
-from torch import Tensor
 
-from benchmarks.tables import markdown
+from benchmarks.gpu_measures import bandwidth, free_memory, large_step, measured_step
+from benchmarks.tables import RESULTS, markdown
 from leapalign.cli.doctor import diagnose
-from leapalign.config import Config, load_config
+from leapalign.config import load_config
 from leapalign.inputs.paths import path_argument
-from leapalign.inputs.validation import UserError, brief
-from leapalign.memory.residency import Stage, watched
-from leapalign.memory.transfer import Lane, pinned
-from leapalign.planning.model_skeleton import skeleton, skeleton_trainer
-from leapalign.planning.simulate import GPUS, Simulation, gib, simulate, step_seconds
+from leapalign.inputs.validation import UserError, brief, did_you_mean
+from leapalign.planning.simulate import gib
+from leapalign.storage.durable import make_folder, write_text
 
 ROOT = Path(__file__).parents[1]
 TINY, PROFILE = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "flux1_dev" / "80gb.yaml"
 ON_DEVICE = ("optimizer.name=adamw_8bit", "rollout.batch_size=8", "memory.checkpointing=blocks")
 ON_HOST = (*ON_DEVICE, "memory.optimizer=host")
 PLACES = {"device": ON_DEVICE, "host": ON_HOST, "streamed": (*ON_HOST, "memory.weights=streamed")}
-ROLLOUTS = 2
-"""In a measured step: the first makes gradients, the second adds to them, as all others would."""
-RESERVE = 2 << 30
-"""Bytes to spare for a GPU's libraries and fragmentation, and for the host's system."""
+
+MOST_COPIED = 1 << 30
+"""Bytes of a copy whose rate is measured, or an eighth of the device's free memory if that is less."""
+DRY_SIZES = ("rollout.num_steps=3", "rollout.batch_size=2", "train.batch_size=4", "threshold=2.0")
+DRY = "dry run on a CPU with tiny shapes: no figure here is a GPU's"
 
 Part = Callable[[], Any]
 
 
-def parts(device: torch.device, profile: Path) -> dict[str, Part]:
-    """What the report consists of, by name."""
+def parts(device: torch.device, profile: Path, output: Path, dry: bool = False) -> dict[str, Part]:
+    """What the report in the file ``output`` consists of, by name; with tiny shapes in a ``dry`` run."""
     tiny = {
-        f"tiny model, {place}": partial(measured_step, load_config(TINY, asked), device)
+        f"tiny_{place}": partial(_tiny_step, (*asked, *DRY_SIZES) if dry else asked, device)
         for place, asked in PLACES.items()
     }
+    large = partial(load_config, TINY, DRY_SIZES) if dry else partial(load_config, profile)
+    logs = {name: output.with_name(f"{output.stem}.{name}.log") for name in ("tests", "kernels")}
+    tests = ("-m", "pytest", "-m", "cuda", "--no-header", "-p", "no:cacheprovider")
+    bench = ("-m", "leap_kernels", "bench", "--json", *(("--quick", "--op", "ema_update_") if dry else ()))
     return {
         "machine": diagnose,
-        "tests": lambda: command("-m", "pytest", "-m", "cuda", "--no-header", "-p", "no:cacheprovider"),
-        "bandwidth": lambda: bandwidth(device, 1 << 30),
+        "tests": lambda: command(logs["tests"], *tests, *(("tests/kernels/test_cuda.py",) if dry else ()))[-1],
+        "bandwidth": lambda: bandwidth(device, 1 << 20 if dry else min(MOST_COPIED, free_memory(device) // 8)),
         **tiny,
-        f"FLUX.1-dev's size, {profile.stem}": lambda: large_step(load_config(profile), device),
-        "kernels": lambda: [json.loads(line) for line in command("-m", "leap_kernels", "bench", "--json").splitlines()],
+        "large": lambda: large_step(large(), device),
+        "kernels": lambda: [json.loads(line) for line in command(logs["kernels"], *bench) if line.startswith("{")],
     }
 
 
-def assembled(chosen: dict[str, Part]) -> dict[str, Any]:
-    """Each part's result, or what it raised; `seconds` is how long it took."""
-    report: dict[str, Any] = {"about": provenance()}
+def _tiny_step(asked: tuple[str, ...], device: torch.device) -> dict[str, Any]:
+    return measured_step(load_config(TINY, asked), device)
+
+
+def assembled(
+    chosen: dict[str, Part], output: Path, report: dict[str, Any], budget: float = math.inf
+) -> dict[str, Any]:
+    """``report`` with each part's result, or what it raised; written to ``output`` after each.
+
+    ``budget``: seconds after which no part begins; what the report then holds of it stays. A part's `seconds` are how
+    long it took. Raises UserError where ``output`` cannot be written, before any part begins.
+    """
+    make_folder(output.parent)
+    write_text(output, json.dumps(report, indent=2) + "\n")
+    begin = time.perf_counter()
     for name, part in chosen.items():
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        begin = time.perf_counter()
-        try:
-            report[name] = {"result": part()}
-        except Exception as error:  # one part's failure is a finding, and the rest are wanted
-            report[name] = {"failed": f"{type(error).__name__}: {brief(error)}"}
-        report[name]["seconds"] = time.perf_counter() - begin
-        gc.collect()
-        torch.cuda.empty_cache()  # does nothing without a GPU
+        at = time.perf_counter()
+        if at - begin >= budget:
+            report.setdefault(name, {"skipped": f"the budget of {budget:.0f} s was spent", "seconds": 0.0})
+        else:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            report[name] = {**_outcome(part), "seconds": time.perf_counter() - at}
+        write_text(output, json.dumps(report, indent=2) + "\n")
     return report
 
 
-def command(*arguments: str) -> str:
-    """What a Python command prints. Raises RuntimeError with its last lines where it fails."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-180:]}")
-    return done.stdout
+def _outcome(part: Part) -> dict[str, Any]:
+    try:
+        return {"result": json.loads(json.dumps(part()))}
+    except Exception as error:  # one part's failure is a finding, and the rest are wanted
+        return {"failed": f"{type(error).__name__}: {brief(error)}", "traceback": traceback.format_exc()}
+    finally:
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # a GPU that an error has stopped frees nothing
+            torch.cuda.empty_cache()  # does nothing without a GPU
 
 
-def bandwidth(device: torch.device, size: int) -> dict[str, float]:
-    """GB/s between pinned host memory and the device, one way at a time: the best of five copies of ``size`` bytes."""
-    lane, like = Lane(device), torch.zeros(1, dtype=torch.uint8)
-    host, there = pinned(size, like, device).fill_(1), lane.device_memory(size, like)
+def begun(output: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The report that ``output`` holds, to be added to, or a new one.
 
-    def seconds(target: Tensor, source: Tensor) -> float:
-        lane.finish()
-        begin = time.perf_counter()
-        lane.copy(target, source, after=lane.mark()).synchronize()
-        return time.perf_counter() - begin
-
-    ways = {"to_device": (there, host), "to_host": (host, there)}
-    return {name: size / min(seconds(*way) for _ in range(5)) / 1e9 for name, way in ways.items()}
-
-
-def large_step(config: Config, device: torch.device) -> dict[str, Any]:
-    """`measured_step`, where the simulation says that it fits. Raises UserError where it does not."""
-    found = simulate(two_rollouts(config))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if found.device_peak + RESERVE > free or found.host_peak + RESERVE > memory:
-        raise UserError(
-            f"needs {gib(found.device_peak)} GiB of the device and {gib(found.host_peak)} of the host, and there are "
-            f"{gib(free)} and {gib(memory)}; choose a smaller --profile"
-        )
-    return measured_step(config, device, found)
-
-
-def two_rollouts(config: Config) -> Config:
-    """With the optimizer step after `ROLLOUTS` rollouts."""
-    size = ROLLOUTS * min(config.rollout.batch_size, config.train.batch_size)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
-
-
-def measured_step(config: Config, device: torch.device, found: Simulation | None = None) -> dict[str, Any]:
-    """An iteration of two rollouts on random weights: seconds and peaks, beside those computed.
-
-    The first iteration warms up and is not timed.
+    Raises UserError where it holds something else, or figures of other software or of another device.
     """
-    config = two_rollouts(config)
-    found = found or simulate(config)
-    home = torch.device("cpu") if config.memory.optimizer == "host" else device
-    trainer = skeleton_trainer(config, skeleton(config, home, ROLLOUTS), device)
-    trainer.train_one()
-    seconds, peaks, trainer.iteration = Counter[Stage](), Counter[Stage](), 1
-    with watched(lambda name: _measuring(name, device, seconds, peaks)):
-        metrics = trainer.train_one()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    computed = {gpu: step_seconds(found, gpu) for gpu in GPUS if gpu.split()[-1] in name}
-    return {
-        "seconds": dict(seconds),
-        "seconds_computed": next(iter(computed.values()), None),
-        "peak_bytes": dict(peaks),
-        "peak_bytes_simulated": {stage: peak.total for stage, peak in found.device.items()},
-        "metrics": metrics,
-    }
+    if not output.exists():
+        return {"about": about}
+    try:
+        report = json.loads(output.read_text())
+        same = report["about"] == about
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"'{output}' is no GPU report; name another --output") from None
+    if not same:
+        raise UserError(f"'{output}' is of other software or another device; name another --output")
+    return dict(report)
 
 
-@contextlib.contextmanager
-def _measuring(name: Stage, device: torch.device, seconds: Counter[Stage], peaks: Counter[Stage]) -> Iterator[None]:
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    begin = time.perf_counter()
-    yield
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device))
-    seconds[name] += time.perf_counter() - begin
+def command(log: Path, *arguments: str) -> list[str]:
+    """The lines that a Python command prints, which go to the file ``log`` as they come.
+
+    Raises RuntimeError with the last of them where it fails.
+    """
+    with log.open("wb") as file:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    printed = log.read_text(errors="replace").strip()
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}, see {log.name}: {printed[-100:]}")
+    return printed.splitlines() or [""]
 
 
 def page(report: dict[str, Any]) -> str:
@@ -170,6 +152,8 @@ def page(report: dict[str, Any]) -> str:
         result = part.get("result")
         if "failed" in part:
             lines.append(f"**Failed.** {part['failed']}")
+        elif "skipped" in part:
+            lines.append(f"**Skipped:** {part['skipped']}.")
         elif isinstance(result, dict) and "peak_bytes_simulated" in result:
             lines.append(_stages(result))
         else:
@@ -182,26 +166,49 @@ def _stages(step: dict[str, Any]) -> str:
 
     def row(stage: str, seconds: float) -> list[str]:
         ideal = computed.get(stage)
-        peaks = [step[key].get(stage) for key in ("peak_bytes", "peak_bytes_simulated")]
+        peaks = [step[key].get(stage) for key in ("peak_bytes", "peak_bytes_reserved", "peak_bytes_simulated")]
         cells = [f"{ideal['compute']:.2f} / {ideal['transfer']:.2f}" if ideal else "-"]
         return [stage, f"{seconds:.2f}", *cells, *("-" if size is None else f"{gib(size)}" for size in peaks)]
 
     rows = [row(*item) for item in step["seconds"].items()]
-    return markdown(["stage", "s measured", "s computed: compute / transfer", "GiB measured", "GiB simulated"], rows)
+    header = ["stage", "s measured", "s computed: compute / transfer", "GiB measured", "GiB reserved", "GiB simulated"]
+    return markdown(header, rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("profile", PROFILE), ("output", Path("gpu_report.json"))):
         parser.add_argument(f"--{name}", type=path_argument, default=default)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("gpu_report: PyTorch finds no GPU here; run this on a machine that has one", file=sys.stderr)
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="only these, added to the report that is there")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="after them no part begins")
+    parser.add_argument("--dry-run", action="store_true", help="every part on the CPU with tiny shapes")
+    try:
+        report = _reported(parser.parse_args())
+    except UserError as error:
+        print(f"gpu_report: {error}", file=sys.stderr)
         return 2
-    report = assembled(parts(torch.device("cuda", torch.cuda.current_device()), arguments.profile))
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(page(report))
     return 0
+
+
+def _reported(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Raises UserError without a GPU, and for what cannot be asked for."""
+    dry, output = arguments.dry_run, arguments.output.absolute()
+    if dry:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the commands
+        if output.resolve().is_relative_to(RESULTS):
+            raise UserError(f"a dry run has no figures to keep in '{RESULTS}'; name another --output")
+    elif not torch.cuda.is_available():
+        raise UserError("PyTorch finds no GPU here; run this on a machine that has one, or try --dry-run")
+    device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
+    chosen = parts(device, arguments.profile, output, dry)
+    for name in arguments.parts or ():
+        if name not in chosen:
+            raise UserError(f"there is no part {name!r}{did_you_mean(name, chosen)}")
+    about = {**provenance(), "device": DRY if dry else torch.cuda.get_device_name(device)}
+    report = begun(output, about) if arguments.parts else {"about": about}
+    chosen = {name: part for name, part in chosen.items() if not arguments.parts or name in arguments.parts}
+    return assembled(chosen, output, report, arguments.budget)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,13 @@ def _no_interpreter() -> str | None:
     return _triton.unavailable(torch.device("cpu"))
 
 
+def _no_large_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return _no_cuda()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    return None if free >= 40 else f"the CUDA device has {free:.0f} GiB free"
+
+
 def _no_open_clip() -> str | None:
     """Ask that it can be imported: a torchvision for CUDA beside a PyTorch for CPUs breaks it."""
     try:
@@ -94,6 +101,7 @@ SKIP_RULES: dict[str, Callable[[], str | None]] = {
     "data": _no_data,
     "hub": lambda: None if importlib.util.find_spec("kernels") else "Hugging Face's kernels package is not installed",
     "interpreter": _no_interpreter,
+    "large_gpu": _no_large_gpu,
     "liger": lambda: None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed",
     "native": _native.unavailable,
     "open_clip": _no_open_clip,

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leapalign.config import Config
 from leapalign.evaluation.generate import generate
+from leapalign.inputs.validation import UserError
 from leapalign.memory.host_gradients import HostGradients
 from leapalign.memory.placement import place_for_sampling
 from leapalign.memory.transfer import Lane, ToHost, pinned
@@ -156,6 +157,20 @@ def test_what_a_gpu_writes_to_host_memory_is_pinned(device: torch.device) -> Non
     way.send(torch.ones(1000, device=device), lambda values: seen.append(values.clone()))
     way.wait()
     assert float(seen[0].sum()) == 1000
+
+
+@pytest.mark.cuda
+def test_after_memory_that_cannot_be_pinned_the_gpu_works_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = torch.cuda.cudart()
+
+    class OfNoSize:
+        def cudaHostRegister(self, address: int, _: int, flags: int) -> int:
+            return int(runtime.cudaHostRegister(address, 0, flags))
+
+    monkeypatch.setattr(torch.cuda, "cudart", OfNoSize)
+    with pytest.raises(UserError, match="cannot be pinned"):
+        pinned(10, torch.zeros(1), torch.device("cuda"))
+    assert float(torch.ones(3, device="cuda").sum()) == 3
 
 
 @pytest.mark.parametrize("place", [(), STREAMED])

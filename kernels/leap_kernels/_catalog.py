@@ -47,7 +47,7 @@ class KernelSpec:
     kernel: Any
     """The function that `triton.jit` decorated."""
     arguments: Mapping[str, str]
-    """Run-time arguments in order, with Triton's names of types; `*T` points to latents."""
+    """Run-time arguments in order, with Triton's names of types at sizes below 2^31; `*T` points to latents."""
     constexprs: Mapping[str, object]
     reads: tuple[str, ...]
     """Type of each tensor that is read, once an element: `T`, `fp32`, `bf16` or `u8`."""
@@ -68,10 +68,6 @@ class KernelSpec:
         types = {name: kind.replace(LATENTS, TRITON_NAMES[dtype]) for name, kind in self.arguments.items()}
         return {**types, **dict.fromkeys(self.constexprs, "constexpr")}
 
-    def aligned(self) -> tuple[str, ...]:
-        """Return the arguments that are multiples of 16 (bytes or elements) for aligned tensors."""
-        return tuple(name for name, kind in self.arguments.items() if kind.startswith("*") or name in _SIZES)
-
     def least_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes an element costs at least: each tensor read or written once."""
         return sum(_BYTES[kind.replace(LATENTS, TRITON_NAMES[dtype])] for kind in self.reads + self.writes)
@@ -86,7 +82,6 @@ class OpSpec:
     kernels: tuple[KernelSpec, ...] = ()
 
 
-_SIZES = ("per_sample", "count", "batch")
 _BLOCKED = {"per_sample": "i32", "blocks": "i32"}
 _ANY = (torch.float32,)
 
@@ -183,9 +178,8 @@ _LOSS = KernelSpec(
 _ROUND = KernelSpec(
     "stochastic_round_",
     round_kernel,
-    {"dst_ptr": "*bf16", "src_ptr": "*fp32", "seed": "u64", "first": "i64", "count": "i32"},
-    # An offset that is a multiple of 8.
-    {"skipped": 0, "BLOCK": ROUND_BLOCK},
+    {"dst_ptr": "*bf16", "src_ptr": "*fp32", "seed": "u64", "first": "i64", "skipped": "i32", "count": "i32"},
+    {"BLOCK": ROUND_BLOCK},
     reads=("fp32",),
     writes=("bf16",),
     elements=ROUND_BLOCK,

@@ -5,6 +5,7 @@ On the CPU the same calls copy at once: the streams and events of `torch.cpu` do
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,12 +84,20 @@ def pinned(count: int, like: Tensor, device: torch.device) -> Tensor:
     address = room.data_ptr() + start
     error = int(torch.cuda.cudart().cudaHostRegister(address, pages, 0))
     if error:
+        _forget_error(device)
         raise UserError(
             f"{size / 2**30:.1f} GiB of host memory cannot be pinned for the GPU (CUDA error {error}); free memory, or "
             "raise the limit on locked memory (ulimit -l)"
         )
     finalize(room.untyped_storage(), _unpin, address).atexit = False
     return room[start : start + size].view(like.dtype)
+
+
+def _forget_error(device: torch.device) -> None:
+    """Lets the next kernel run: CUDA reports the last error of any call at the launch after it, and then forgets it."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
+        torch.cuda.synchronize(device)
 
 
 def _unpin(address: int) -> None:

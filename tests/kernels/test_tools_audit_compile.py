@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import leap_kernels
 import pytest
 
 KERNELS = """
@@ -18,6 +20,13 @@ import triton.language as tl
 from leap_kernels._catalog import KernelSpec
 from leap_kernels.tools.audit_compile import examine
 from leap_kernels.tools.gpus import TARGETS
+
+def launcher(kernel, programs):
+    def on(inputs):
+        x, out = inputs.latents(2)
+        per_sample = inputs.count if programs == 1 else inputs.per_sample
+        return lambda: kernel[(programs,)](x, out, per_sample, 17, 1024)
+    return on
 
 @triton.jit
 def copies(x_ptr, out_ptr, per_sample, blocks, BLOCK: tl.constexpr):
@@ -58,7 +67,8 @@ def alone(x_ptr, out_ptr, per_sample, blocks, BLOCK: tl.constexpr):
 arguments = {"x_ptr": "*T", "out_ptr": "*T", "per_sample": "i32", "blocks": "i32"}
 for kernel in (copies, reads_twice, strides, misaligned, loops_over_the_sample, alone):
     spec = KernelSpec(kernel.__name__, kernel, arguments, {"BLOCK": 1024}, ("T",), ("T",), 1024)
-    print(json.dumps(examine(spec, torch.bfloat16, TARGETS[1])))
+    launch = launcher(kernel, 1 if kernel is alone else 34)
+    print(json.dumps(examine(spec, torch.bfloat16, TARGETS[1], launch)))
 """
 
 
@@ -76,10 +86,73 @@ def test_wasted_memory_shows(tmp_path: Path) -> None:
         "reads_twice": (128, 6),
         # Every element sits in a sector of its own.
         "strides": (16, 32 + 2),
-        "misaligned": (16, 4),
-        # Each of the sample's 16 blocks reads all 16.
-        "loops_over_the_sample": (128, 16 * 2 + 2),
+        # What begins within a sector ends in one more.
+        "misaligned": (16, 4 + 32 / 1024),
+        # Each of the sample's 17 blocks reads all 17.
+        "loops_over_the_sample": (128, 17 * 2 + 2),
         # A single program, over as many elements as there are.
         "alone": (128, 4),
     }
     assert all(line["widths_agree"] and line["spills"] == 0 for line in lines)
+
+
+AUDIT_ONE = """
+import json
+import torch
+from mutated_kernels._catalog import OPS
+from mutated_kernels.tools.audit import misses
+from mutated_kernels.tools.audit_compile import examine
+from mutated_kernels.tools.gpus import TARGETS
+
+(spec,) = (spec for op in OPS for spec in op.kernels if spec.name == "accumulate_")
+for target in TARGETS[:3]:
+    print(json.dumps(misses(examine(spec, torch.bfloat16, target))))
+"""
+LAUNCH = "accumulate_kernel[(triton.cdiv(count, BLOCK),)](total, value, count, BLOCK)"
+
+
+def run_without_interpreter(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(folder)}
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("good", "bad", "miss"),
+    [
+        ("BLOCK = 1024", "BLOCK = 1024", None),
+        (LAUNCH, LAUNCH[:-1] + ", num_warps=1)", "launched as in the catalog (num_warps 1, not 4)"),
+        (LAUNCH, LAUNCH.replace("value,", "value.clone(),"), "bytes at most 1.02 x least"),
+        (LAUNCH, LAUNCH.replace("cdiv(count, BLOCK)", "cdiv(2 * count, BLOCK)"), "(programs 68, not 34)"),
+        (
+            "(old + value).to(total_ptr.dtype.element_ty)",
+            # A lone sum of two float32, the compiler would turn back into one of float32.
+            "(old.to(tl.float64) * (1 + 1e-12) + value).to(total_ptr.dtype.element_ty)",
+            "no float64",
+        ),
+    ],
+)
+def test_what_spoils_a_launcher_or_its_kernel_is_found(good: str, bad: str, miss: str | None, tmp_path: Path) -> None:
+    """In a copy of the package under a name of its own."""
+    package = shutil.copytree(Path(leap_kernels.__file__).parent, tmp_path / "mutated_kernels")
+    source = (package / "accumulate.py").read_text()
+    assert source.count(good) == 1
+    (package / "accumulate.py").write_text(source.replace(good, bad))
+    done = run_without_interpreter(AUDIT_ONE, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 3
+    for misses in found:
+        assert misses == [] if miss is None else any(miss in name for name in misses), misses
+
+
+@pytest.mark.triton
+def test_a_launcher_that_does_not_launch_what_the_catalog_says_is_refused(tmp_path: Path) -> None:
+    package = shutil.copytree(Path(leap_kernels.__file__).parent, tmp_path / "mutated_kernels")
+    source = (package / "accumulate.py").read_text()
+    (package / "accumulate.py").write_text(source.replace(LAUNCH, LAUNCH.replace("BLOCK)", "BLOCK // 2)")))
+    done = run_without_interpreter(AUDIT_ONE, tmp_path)
+    assert done.stderr.strip().splitlines()[-1] == (
+        "ValueError: accumulate_ is launched with [{'BLOCK': 512}]; the catalog says once with {'BLOCK': 1024}"
+    )

@@ -56,7 +56,7 @@ def test_reads_sass() -> None:
         ("store", 128): 1,
         ("store", 32): 1,
     }
-    assert (code.registers, code.spills, code.atomics) == (42, 0, 0)
+    assert (code.registers, code.spills, code.atomics, code.float64) == (42, 0, 0, 0)
 
 
 def test_counts_spills_and_atomics() -> None:
@@ -68,10 +68,18 @@ def test_counts_spills_and_atomics() -> None:
         read_sass(SASS, "")
 
 
+def test_counts_what_computes_in_float64() -> None:
+    names = ("DADD", "DFMA.RM", "DSETP.GT.AND", "F2F.F32.F64", "FRND.F64.FLOOR", "MUFU.RSQ64H")
+    in_float32 = "  FADD R8, R5, R4 ;\n  F2I.S64.TRUNC R4, R5 ;\n  MUFU.RSQ R6, R7 ;\n"
+    worse = SASS + in_float32 + "".join(f"  {name} R8, R6, R4 ;\n" for name in names)
+    assert read_sass(worse, RESOURCES).float64 == len(names)
+    assert read_cdna("\tv_fma_f64 v[0:1], v[0:1]\n\tv_cvt_f32_f64_e32 v0, v[0:1]\n\tv_add_f32 v0\n" + CDNA).float64 == 2
+
+
 def test_reads_cdna() -> None:
     code = read_cdna(CDNA)
     assert code.accesses == {("load", 128): 2, ("load", 16): 1, ("store", 32): 1, ("store", 128): 1}
-    assert (code.registers, code.spills, code.atomics) == (12, 3, 1)
+    assert (code.registers, code.spills, code.atomics, code.float64) == (12, 3, 1, 0)
     with pytest.raises(ValueError, match="vgpr_count"):
         read_cdna(CDNA.replace(".vgpr_count", ".something"))
 

@@ -48,6 +48,14 @@ def count(body: str, size: int = 1 << 20, program: int = 3) -> Traffic:
     return count_traffic(PROLOGUE + body + EPILOGUE, [None, None, size], THREADS, program, programs=8)
 
 
+def test_a_mask_is_known_from_packed_registers() -> None:
+    """As compilers pair what they compute two at a time."""
+    packed = "mov.b64 %rd8, {%r2, %r1};\nmov.b64 {%r20, %r21}, %rd8;\nsetp.lt.s32 %p1, %r21, 32;\n@%p1 "
+    (access,) = count(packed + LOAD).accesses
+    assert access.requested == 16 * 32
+    assert (access.first, access.end) == (3 * 16 * THREADS, 3 * 16 * THREADS + 16 * 32)
+
+
 def test_copy_moves_each_byte_once_each_way() -> None:
     traffic = count(LOAD + STORE)
     assert traffic.bytes_moved == 2 * 16 * THREADS

@@ -15,12 +15,14 @@ import pytest
 COMPILE = """
 import json
 from leap_kernels._catalog import OPS
-from leap_kernels.tools.audit_compile import compile_kernel
+from leap_kernels.tools.audit_compile import launched
 from leap_kernels.tools.gpus import TARGETS
+from leap_kernels.tools.launches import Inputs
 hopper = next(target for target in TARGETS if target.name == "sm_90")
 for spec in {spec.name: spec for op in OPS for spec in op.kernels}.values():
     for dtype in spec.dtypes:
-        print(json.dumps([f"{spec.name} {dtype}", bool(spec.writes), compile_kernel(spec, dtype, hopper).asm["ptx"]]))
+        launch, _ = launched(spec, Inputs(2, 16 * spec.elements, dtype), hopper)
+        print(json.dumps([f"{spec.name} {dtype}", bool(spec.writes), launch.compiled.asm["ptx"]]))
 """
 
 

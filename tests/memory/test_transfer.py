@@ -17,6 +17,7 @@ from small_runs import config_of, weights
 from torch import nn
 
 from leapalign.config import EmaConfig
+from leapalign.inputs.validation import UserError
 from leapalign.memory import transfer
 from leapalign.memory.host_gradients import HostGradients
 from leapalign.memory.host_weights import HostWeights
@@ -179,3 +180,23 @@ def test_host_memory_is_pinned_for_gpus_only() -> None:
     memory = transfer.pinned(10, torch.zeros(1, dtype=torch.bfloat16), CPU)
     assert memory.shape == (10,)
     assert memory.dtype == torch.bfloat16
+
+
+def test_memory_that_cannot_be_pinned_leaves_no_error_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA would report it at the next launch: one is made, and its error ignored."""
+    pending: list[str] = []
+
+    class Runtime:
+        def cudaHostRegister(self, *_: int) -> int:
+            pending.append("out of memory")
+            return 2
+
+    def launch(*_: object, **__: object) -> None:
+        if pending:
+            raise RuntimeError(f"CUDA error: {pending.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "ones", launch)
+    with pytest.raises(UserError, match=r"cannot be pinned for the GPU \(CUDA error 2\)"):
+        transfer.pinned(10, torch.zeros(1), torch.device("cuda"))
+    assert not pending

@@ -75,8 +75,10 @@ def misses(line: dict[str, Any]) -> list[str]:
     bars = {
         "spills": line["spills"] == 0,
         "atomics": line["atomics"] == 0,
+        "no float64": line["float64_instructions"] == 0,
         f"accesses of {VECTOR_BITS} bits": (line["vector_bits"] or 0) >= VECTOR_BITS and line["widths_agree"],
         f"bytes at most {BYTES_RATIO} x least": line["bytes_ratio"] <= BYTES_RATIO,
+        f"launched as in the catalog ({'; '.join(line['launched_otherwise'])})": not line["launched_otherwise"],
     }
     return [name for name, cleared in bars.items() if not cleared]
 

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for every target and prints what the machine code shows, one JSON object a line.
+"""Compiles what the ops launch for every target and prints what the machine code shows, one JSON object a line.
 
 `audit` runs this module in a process of its own: Triton decides when a kernel is decorated whether it will be
 compiled or interpreted, so the process that asks may be unable to compile.
@@ -17,12 +17,15 @@ import torch
 from .._catalog import OPS, KernelSpec
 from .._triton import triton
 from .gpus import NOT_MEASURED, ROOFLINE_SHAPE, TARGETS, Target, occupancy, roofline_microseconds
+from .launch_cases import LAUNCHERS
+from .launches import Inputs, Launch, Launcher, recorded
 from .machine_code import MachineCode, read_cdna, read_sass
 from .ptx import Traffic, count_traffic
 
 # The walk takes the second program of the first sample: a full one, with a neighbour on either side.
 _PROGRAM = 1
-_PROGRAMS_PER_SAMPLE = 16
+# No multiple of 16, for which Triton would compile a version of its own; the sizes are such multiples.
+_PROGRAMS_PER_SAMPLE = 17
 _SAMPLES = 2
 
 
@@ -35,13 +38,18 @@ def main() -> None:
                 print(json.dumps(examine(spec, dtype, target)), flush=True)
 
 
-def examine(spec: KernelSpec, dtype: torch.dtype, target: Target) -> dict[str, Any]:
-    """Compile `spec` for latents of `dtype` and `target`, and describe the result."""
-    compiled = compile_kernel(spec, dtype, target)
-    shared = compiled.metadata.shared
+def examine(spec: KernelSpec, dtype: torch.dtype, target: Target, launcher: Launcher | None = None) -> dict[str, Any]:
+    """Compile what `launcher` launches of `spec` for latents of `dtype` and `target`, and describe the result.
+
+    The launcher is that of the op, unless another is given.
+    """
+    inputs = Inputs(_SAMPLES, spec.elements * _PROGRAMS_PER_SAMPLE, dtype)
+    launch, torch_bytes = launched(spec, inputs, target, launcher)
+    compiled = launch.compiled
+    shared, num_warps = compiled.metadata.shared, compiled.metadata.num_warps
     if target.backend == "cuda":
         code = _disassemble(compiled.asm["cubin"])
-        counted = _count(spec, dtype, target, compiled.asm["ptx"], code)
+        counted = _count(spec, launch, inputs, torch_bytes, target, code)
     else:
         code = read_cdna(compiled.asm["amdgcn"])
         counted = _not_counted(code)
@@ -54,12 +62,14 @@ def examine(spec: KernelSpec, dtype: torch.dtype, target: Target) -> dict[str, A
         "spills": code.spills,
         "shared_bytes": shared,
         "atomics": code.atomics,
+        "float64_instructions": code.float64,
         **counted,
         "least_bytes_per_element": spec.least_bytes(dtype),
         "machine_accesses": {f"{kind} {bits}": count for (kind, bits), count in sorted(code.accesses.items())},
-        "elements_per_program": spec.elements,
-        "num_warps": spec.num_warps,
-        "occupancy": occupancy(target, code.registers, shared, spec.num_warps),
+        "elements_per_program": inputs.count // launch.programs,
+        "num_warps": num_warps,
+        "launched_otherwise": _otherwise(spec, launch, inputs),
+        "occupancy": occupancy(target, code.registers, shared, num_warps),
         # Where the elements are samples, there are too few of them for memory to set the time.
         "roofline": None if "batch" in spec.arguments else _roofline(target, rate),
     }
@@ -70,38 +80,62 @@ def _roofline(target: Target, bytes_per_element: float) -> dict[str, Any]:
     return {"gpu": target.gpu, "shape": ROOFLINE_SHAPE, "microseconds": time, "status": NOT_MEASURED}
 
 
-def compile_kernel(spec: KernelSpec, dtype: torch.dtype, target: Target) -> Any:
-    """Return Triton's compiled kernel, for aligned tensors whose sizes are multiples of 16."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def launched(spec: KernelSpec, inputs: Inputs, target: Target, launcher: Launcher | None = None) -> tuple[Launch, int]:
+    """Return the launch of `spec`, and the bytes that PyTorch's operations move beside the launcher's launches.
 
-    aligned = spec.aligned()
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(spec.kernel.arg_names) if name in aligned}
-    source = ASTSource(spec.kernel, spec.signature(dtype), constexprs=dict(spec.constexprs), attrs=attributes)
-    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    return triton.compile(source, target=gpu, options={"num_warps": spec.num_warps, "enable_fp_fusion": spec.fp_fusion})
+    Raises:
+        ValueError: if the launcher does not launch the kernel once with the constants of `spec`.
+    """
+    done = recorded(launcher or LAUNCHERS[spec.name], inputs, target)
+    with_constants = [launch.constexprs for launch in done.launches if launch.kernel is spec.kernel]
+    if with_constants.count(dict(spec.constexprs)) != 1:
+        raise ValueError(
+            f"{spec.name} is launched with {with_constants or 'nothing'}; the catalog says once with {spec.constexprs}"
+        )
+    found = next(
+        launch for launch in done.launches if launch.kernel is spec.kernel and launch.constexprs == spec.constexprs
+    )
+    return found, done.torch_bytes
 
 
-def _count(spec: KernelSpec, dtype: torch.dtype, target: Target, ptx: str, code: MachineCode) -> dict[str, Any]:
-    """Walk through one full program, and check that the machine code has kept the PTX's accesses whole."""
-    size = spec.elements * _PROGRAMS_PER_SAMPLE
-    # Sizes that fill every program; what else is an integer counts the programs of a sample.
+def _otherwise(spec: KernelSpec, launch: Launch, inputs: Inputs) -> list[str]:
+    """Say in what the launch differs from the catalog."""
+    metadata, signature = launch.compiled.metadata, spec.signature(inputs.dtype)
+    pairs = {
+        "num_warps": (metadata.num_warps, spec.num_warps),
+        "fp_fusion": (metadata.enable_fp_fusion, spec.fp_fusion),
+        "programs": (launch.programs, 1 if "batch" in spec.arguments else inputs.count // spec.elements),
+        **{name: (kind, signature.get(name)) for name, kind in launch.signature.items()},
+    }
+    return [f"{what} {found}, not {said}" for what, (found, said) in pairs.items() if found != said]
+
+
+def walked(launch: Launch, program: int, target: Target) -> Traffic:
+    """Walk through one program of a launch."""
     arguments = [
-        None if kind.startswith("*") else size if name in spec.aligned() else _PROGRAMS_PER_SAMPLE
-        for name, kind in spec.arguments.items()
+        None if isinstance(value, torch.Tensor) else value if isinstance(value, int) else 0
+        for value in launch.parameters.values()
     ]
-    threads = target.warp_size * spec.num_warps
-    traffic = count_traffic(ptx, arguments, threads, _PROGRAM, _PROGRAMS_PER_SAMPLE * _SAMPLES)
-    # A program that does not ask which one it is runs alone and takes all elements.
-    moved = traffic.bytes_moved / (spec.elements if "%ctaid" in ptx else size)
-    few = [number for number, name in enumerate(spec.arguments) if name in spec.per_group]
+    threads = target.warp_size * launch.compiled.metadata.num_warps
+    return count_traffic(launch.compiled.asm["ptx"], arguments, threads, program, launch.programs)
+
+
+def _count(
+    spec: KernelSpec, launch: Launch, inputs: Inputs, torch_bytes: int, target: Target, code: MachineCode
+) -> dict[str, Any]:
+    """Walk through one full program, and check that the machine code has kept the PTX's accesses whole."""
+    traffic = walked(launch, min(_PROGRAM, launch.programs - 1), target)
+    beside = torch_bytes / inputs.count
+    moved = traffic.bytes_moved * launch.programs / inputs.count + beside
+    few = [number for number, name in enumerate(launch.parameters) if name in spec.per_group]
     per_element = Traffic(tuple(access for access in traffic.accesses if access.argument not in few))
     widths = {("store" if a.stores else "load", a.bits) for a in traffic.accesses if not a.opcode.startswith("red")}
     return {
         "vector_bits": per_element.vector_bits,
         "widths_agree": widths == set(code.accesses),
         "bytes_per_element": moved,
-        "bytes_ratio": moved / spec.least_bytes(dtype),
+        "torch_bytes_per_element": beside,
+        "bytes_ratio": moved / spec.least_bytes(inputs.dtype),
     }
 
 
@@ -109,7 +143,13 @@ def _not_counted(code: MachineCode) -> dict[str, Any]:
     """Return the width of most loads: those of tensors, as what all lanes share comes through scalar loads."""
     loads = {bits: count for (kind, bits), count in code.accesses.items() if kind == "load"}
     width = max(loads, key=lambda bits: loads[bits], default=None)
-    return {"vector_bits": width, "widths_agree": None, "bytes_per_element": None, "bytes_ratio": None}
+    return {
+        "vector_bits": width,
+        "widths_agree": None,
+        "bytes_per_element": None,
+        "torch_bytes_per_element": None,
+        "bytes_ratio": None,
+    }
 
 
 def _disassemble(cubin: bytes) -> MachineCode:

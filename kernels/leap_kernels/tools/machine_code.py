@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 # NVIDIA: LDG loads, STG stores, LDGSTS copies to shared memory. A modifier such as LTC128B is no width.
 _SASS = re.compile(r"\b(?P<name>LDGSTS|LDG|STG|LDL|STL|ATOMG?|REDG?)(?P<modifiers>(?:\.\w+)*)\s")
+_SASS_FLOAT64 = re.compile(r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX|MMA)|(?:F2F|F2I|I2F|FRND|MUFU)[.\w]*\.(?:F64|\w*64H))\b")
 _SASS_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 # AMD: vector memory through an address in registers or a buffer descriptor; s_load serves what all lanes share.
 _CDNA = re.compile(r"^\s*(?:global|buffer|flat)_(?P<name>load|store|atomic)_(?P<width>\w+)", re.M)
+_CDNA_FLOAT64 = re.compile(r"^\s*v_\w*_f64", re.M)
 _CDNA_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
 
 
@@ -19,12 +21,14 @@ class MachineCode:
     """What one kernel's machine code uses.
 
     `spills` counts spilled values: instructions on local memory for NVIDIA, spilled registers for AMD. `accesses`
-    counts global memory instructions by kind (load, store) and bits; a loop's body counts once.
+    counts global memory instructions by kind (load, store) and bits; `float64` those that compute in float64, or
+    convert. A loop's body counts once.
     """
 
     registers: int
     spills: int
     atomics: int
+    float64: int
     accesses: Counter[tuple[str, int]]
 
 
@@ -41,7 +45,8 @@ def read_sass(disassembly: str, resource_usage: str) -> MachineCode:
     if registers is None:
         raise ValueError("cuobjdump names no registers")
     atomics = sum(count for name, count in names.items() if name.startswith(("ATOM", "RED")))
-    return MachineCode(int(registers[1]), names["LDL"] + names["STL"], atomics, accesses)
+    float64 = len(_SASS_FLOAT64.findall(disassembly))
+    return MachineCode(int(registers[1]), names["LDL"] + names["STL"], atomics, float64, accesses)
 
 
 def read_cdna(assembly: str) -> MachineCode:
@@ -55,7 +60,8 @@ def read_cdna(assembly: str) -> MachineCode:
             kind = re.split(r"_d16|_", found["width"])[0]
             accesses[found["name"], _CDNA_WIDTHS[kind]] += 1
     spills = _metadata(assembly, "vgpr_spill_count") + _metadata(assembly, "sgpr_spill_count")
-    return MachineCode(_metadata(assembly, "vgpr_count"), spills, atomics, accesses)
+    float64 = len(_CDNA_FLOAT64.findall(assembly))
+    return MachineCode(_metadata(assembly, "vgpr_count"), spills, atomics, float64, accesses)
 
 
 def _metadata(assembly: str, key: str) -> int:

@@ -12,6 +12,7 @@ noise level or a partial sum, costs its bytes alone: the rest of its sector serv
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .ptx_integers import Lanes, Value, evaluate, width
+from .ptx_integers import Lanes, Value, evaluate, truncate, width
 from .ptx_parse import Instruction, Uncountable, parse
 
 SECTOR = 32
@@ -42,7 +43,8 @@ class Access:
     """One global memory instruction, and what it moved in all its executions.
 
     `argument` is the kernel's parameter that it addresses, None as long as it moved nothing; `bits` are those of
-    one thread; `requested` the bytes; `scalar` says whether the threads shared one address each time.
+    one thread; `requested` the bytes; `scalar` says whether the threads shared one address each time; `first` and
+    `end` bound the bytes, counted from the parameter's address.
     """
 
     opcode: str
@@ -50,6 +52,8 @@ class Access:
     argument: int | None = None
     scalar: bool = True
     requested: int = 0
+    first: int = _STRETCH
+    end: int = 0
     sectors: set[int] = field(default_factory=set, repr=False)
 
     @property
@@ -170,6 +174,9 @@ class _Walk:
         touched = np.unique(different[:, None] + np.arange(bits // 8, dtype=np.uint64))
         access.argument = int(different[0]) // _STRETCH - 1
         access.requested += touched.size
+        start = (access.argument + 1) * _STRETCH
+        access.first = min(access.first, int(touched[0]) - start)
+        access.end = max(access.end, int(touched[-1]) + 1 - start)
         if different.size > 1:
             access.scalar = False
             access.sectors.update((touched // np.uint64(SECTOR)).tolist())
@@ -186,14 +193,16 @@ class _Walk:
         if not instruction.operands:
             return
         targets = re.findall(r"%[\w.]+", instruction.operands[0])
-        value = self._result(instruction) if len(targets) == 1 else None
-        for target in targets:
-            self.registers[target] = _merge(self.registers.get(target), value, active)
+        value = self._result(instruction) if len(targets) == 1 or instruction.opcode.startswith("mov") else None
+        for target, part in zip(targets, _parts(value, instruction.opcode, len(targets)), strict=True):
+            self.registers[target] = _merge(self.registers.get(target), part, active)
 
     def _result(self, instruction: Instruction) -> Value:
         sources = instruction.operands[1:]
         if instruction.opcode.startswith("ld.param"):
             return self._parameter(sources[0])
+        if instruction.opcode.startswith("mov") and sources[0].startswith("{"):
+            return _joined([self._read(part.strip()) for part in sources[0].strip("{}").split(",")], instruction.opcode)
         if any(source.startswith(("[", "{")) for source in sources):
             return None
         return evaluate(instruction.opcode, [self._read(source) for source in sources])
@@ -214,6 +223,24 @@ class _Walk:
 
     def _same(self, value: int) -> Lanes:
         return np.full(self.threads, value % (1 << 64), dtype=np.uint64)
+
+
+def _parts(value: Value, opcode: str, count: int) -> list[Value]:
+    """Take a register apart, into as many of equal width, the lowest bits first."""
+    if value is None or count == 1:
+        return [value] * count
+    bits = width(opcode.rpartition(".")[2]) // count
+    return [truncate(value >> np.uint64(bits * place), bits) for place in range(count)]
+
+
+def _joined(parts: list[Value], opcode: str) -> Value:
+    """Put a register together from several, the lowest bits first."""
+    bits = width(opcode.rpartition(".")[2]) // len(parts)
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    shifted = [truncate(part, bits) << np.uint64(bits * place) for place, part in enumerate(known)]
+    return functools.reduce(np.bitwise_or, shifted)
 
 
 def _merge(before: Value, value: Value, active: Value) -> Value:

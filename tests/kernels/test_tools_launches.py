@@ -1,0 +1,139 @@
+"""Every op's launcher through Triton's runtime and compiler, for GPUs that are not here: only the launch is not made.
+
+For sizes that Triton compiles versions of their own for: of one element, at unaligned addresses, and beyond 2^31
+elements, whose tensors have no memory. The first and the last program are walked through: what they read and write is
+within the tensors, from the first byte to the last, which it would not be if 32 bits had overflown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from leap_kernels._catalog import OPS
+from leap_kernels.tools.launch_cases import LAUNCHERS
+
+LAUNCH = """
+import json
+import torch
+from leap_kernels._catalog import OPS
+from leap_kernels.tools.audit_compile import launched, walked
+from leap_kernels.tools.gpus import TARGETS
+from leap_kernels.tools.launches import Inputs
+
+SIZES = {
+    "one element": (1, 1),
+    "odd": (3, 1001, 1),
+    "2^31 in few samples": (3, (1 << 30) + 1, 3),
+    "2^31 in many samples": ((1 << 22) + 1, 1 << 10),
+    "2^31 in each sample": (2, 1 << 31),
+}
+
+def reach(launch, program, target):
+    names = list(launch.parameters)
+    traffic = walked(launch, program, target)
+    spans = {}
+    for access in traffic.accesses:
+        if access.argument is not None:
+            first, end = spans.get(names[access.argument], (access.first, access.end))
+            spans[names[access.argument]] = min(first, access.first), max(end, access.end)
+    return spans, traffic.vector_bits
+
+for op in OPS:
+    for spec in op.kernels:
+        for size, numbers in SIZES.items():
+            inputs = Inputs(*numbers[:2], spec.dtypes[-1], *numbers[2:])
+            for target in TARGETS[:3]:
+                launch, _ = launched(spec, inputs, target)
+                tensors = {name: v for name, v in launch.arguments.items() if isinstance(v, torch.Tensor)}
+                line = {
+                    "kernel": spec.name,
+                    "size": size,
+                    "target": target.name,
+                    "grid": launch.grid,
+                    "types": launch.signature,
+                    "integers": {name: v for name, v in launch.parameters.items() if isinstance(v, int)},
+                    "num_warps": launch.compiled.metadata.num_warps,
+                    "fp_fusion": launch.compiled.metadata.enable_fp_fusion,
+                    "cubin": len(launch.compiled.asm["cubin"]),
+                    "bytes": {name: tensor.nbytes for name, tensor in tensors.items()},
+                    "whole": [name for name, tensor in tensors.items() if tensor.numel() == inputs.count],
+                }
+                # One program that takes all samples would be walked through for hours.
+                if launch.programs > 1 or inputs.count < 1 << 20:
+                    line["first"], line["bits"] = reach(launch, 0, target)
+                    line["last"], _ = reach(launch, launch.programs - 1, target)
+                print(json.dumps(line))
+"""
+UNUSED = {
+    "leap_update/no_target": {"uncond_ptr"},
+    "combine_gradient_terms/norms": {"out_ptr"},
+    "leap_update/backward": {"second_out_ptr"},
+    "scale_gradient/backward": {"second_out_ptr"},
+    "euler_step": {"uncond_ptr"},
+    "euler_step/backward": {"second_out_ptr"},
+}
+"""Pointers that a launcher passes and its kernel does not follow."""
+SPECS = {spec.name: spec for op in OPS for spec in op.kernels}
+
+
+def test_every_kernel_has_its_launcher() -> None:
+    assert set(LAUNCHERS) == set(SPECS)
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    done = subprocess.run([sys.executable, "-c", LAUNCH], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_every_size_compiles_for_every_gpu_as_the_catalog_says(lines) -> None:
+    assert len(lines) == len(SPECS) * 5 * 3
+    for line in lines:
+        spec, where = SPECS[line["kernel"]], (line["kernel"], line["size"], line["target"])
+        assert line["cubin"] > 0, where
+        assert (line["num_warps"], line["fp_fusion"]) == (spec.num_warps, spec.fp_fusion), where
+        assert line["grid"][0] < 1 << 31, where
+        assert line["grid"][1:] == [1, 1], where
+        for name, said in spec.arguments.items():
+            if name in line["integers"] and said == "i32":
+                wide = line["integers"][name] >= 1 << 31
+                assert line["types"][name] == ("i64" if wide else "i32"), (*where, name)
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_all_of_the_tensors_is_reached_and_nothing_beside_them(lines) -> None:
+    walked = [line for line in lines if "last" in line]
+    assert len(walked) == len(lines) - 3 * 3, "of the loss three sizes are too large"
+    for line in walked:
+        where = (line["kernel"], line["size"], line["target"])
+        assert line["first"].keys() == line["last"].keys(), where
+        if line["size"] != "one element":
+            assert set(line["whole"]) - UNUSED.get(line["kernel"], set()) <= line["first"].keys(), where
+        for name, (_, end) in line["last"].items():
+            first, _ = line["first"][name]
+            size = line["bytes"][name]
+            assert first >= 0, (*where, name)
+            assert end <= size, (*where, name)
+            if name in line["whole"]:
+                assert (first, end) == (0, size), (*where, name)
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_addresses_that_are_not_aligned_get_a_version_of_their_own(lines) -> None:
+    for line in lines:
+        if "bits" in line and line["size"] == "odd":
+            assert line["bits"] < 128, line["kernel"]
+        if "bits" in line and line["size"] == "2^31 in each sample":
+            assert line["bits"] >= 32, line["kernel"]
