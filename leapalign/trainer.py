@@ -16,6 +16,7 @@ from leapalign.config import Config
 from leapalign.diagnostics.guards import fault_names
 from leapalign.diagnostics.threshold import warn_of_thresholds
 from leapalign.diagnostics.true_gradient import agreement
+from leapalign.evaluation.generate import generate
 from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.inputs.validation import UserError
 from leapalign.memory.placement import place, training_device
@@ -37,6 +38,8 @@ from leapalign.rollout import sample_rollout
 from leapalign.storage.embedded import resolve
 from leapalign.streams import INDEX_STREAM, NOISE_STREAM, seed_of
 
+SAMPLE_SEED = 2_000_000
+"""Of the first sample's noise, in every run."""
 SKIPPED_AT_MOST = 10
 """Iterations in a row that may pass without a finite gradient."""
 
@@ -142,6 +145,22 @@ class Trainer:
             what = "norm of the gradient" if blamed is None else f"gradient of {self._trained[blamed]}"
             self.incidents.append(self._incident(what, self._positions, {}))
         return metrics
+
+    def draw_samples(self) -> Tensor:
+        """Images ``(count, 3, H, W)`` in [0, 1] by the weight average for the run's first prompts, the same seeds every
+        time; as many as ``samples.count``, or prompts."""
+        config = self.config
+        count = min(config.samples.count, len(self.prompts))
+        with stage("sampling"), self.optimizer.averaged_weights():
+            return generate(
+                self.model,
+                self.embeddings[torch.arange(count)],
+                range(SAMPLE_SEED, SAMPLE_SEED + count),
+                config.rollout.num_steps,
+                config.rollout.batch_size,
+                "samples",
+                config.rollout.sigmas,
+            )
 
     def refuse_bad_weights(self) -> None:
         """Raises UserError where a weight is not finite: what is saved then would be of no use."""

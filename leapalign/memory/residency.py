@@ -12,7 +12,8 @@ T = TypeVar("T")
 
 Role = Literal["weights", "gradients", "optimizer", "average", "activations", "reward", "latents"]
 
-Stage = Literal["rollout", "reward", "surrogate", "optimizer", "setup"]
+Stage = Literal["rollout", "reward", "surrogate", "optimizer", "sampling", "watch", "saving", "setup"]
+"""Four of an iteration, three between iterations, and what comes before all."""
 
 HOST: ContextVar[bool] = ContextVar("leapalign_host", default=False)
 ROLE: ContextVar[Role] = ContextVar("leapalign_role", default="activations")
@@ -48,7 +49,7 @@ WATCH: ContextVar[Callable[[Stage], contextlib.AbstractContextManager[None]]] = 
 
 @contextlib.contextmanager
 def stage(name: Stage) -> Iterator[None]:
-    """Names the part of a training iteration that runs in the block."""
+    """Names the part of a run that the block is."""
     watch = WATCH.get(None)
     with _set(STAGE, name), watch(name) if watch else contextlib.nullcontext():
         yield

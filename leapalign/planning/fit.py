@@ -32,7 +32,12 @@ def summary(found: Simulation, probe: Peak, gpu_memory: int, config: Config) -> 
         "host_peak_bytes": found.host_peak,
         "trainable_parameters": found.trainable_parameters,
         "stages": {
-            name: {"device_peak_bytes": peak.total, "by_role": dict(peak.by_role)}
+            name: {
+                "device_peak_bytes": peak.total,
+                "by_role": dict(peak.by_role),
+                "host_peak_bytes": found.host.get(name, Peak()).total,
+                "host_by_role": dict(found.host.get(name, Peak()).by_role),
+            }
             for name, peak in found.device.items()
         },
         "probe": {"device_peak_bytes": probe.total, "by_role": dict(probe.by_role)},
@@ -64,6 +69,8 @@ def change(name: Stage, by_role: Mapping[Role, int], config: Config) -> str:
             return "set memory.checkpoint_decoder to true: the reward stage is the largest"
     if memory.checkpointing == "none":
         return "set memory.checkpointing to blocks: activations are kept whole"
+    if name in ("sampling", "watch"):
+        return "reduce rollout.batch_size: so many images are decoded at once between iterations"
     if name == "surrogate" and config.train.microbatch != 1:
         return "set train.microbatch to 1: the surrogate's activations are at the peak"
     if memory.optimizer == "device":
@@ -78,13 +85,14 @@ def explanation(found: Simulation, probe: Peak, gpu_memory: int, config: Config)
     rows = []
     for name, peak in [*found.device.items(), ("leapalign probe", probe)]:
         parts = ", ".join(f"{role} {gib(size)}" for role, size in sorted(peak.by_role.items(), key=lambda e: -e[1]))
-        rows.append((name, f"{gib(peak.total)}", parts))
+        host = found.host.get(name) if name in found.host else None
+        rows.append((name, f"{gib(peak.total)}", f"{gib(host.total)}" if host else "", parts))
     fits = "fits" if found.device_peak <= gpu_memory else "does not fit"
     lines = [
         f"{found.trainable_parameters:,} trainable parameters; device peak {gib(found.device_peak)} GiB {fits} "
         f"{gib(gpu_memory)} GiB; host peak {gib(found.host_peak)} GiB",
         "",
-        text_table(("stage", "GiB", "of which, at that moment"), rows),
+        text_table(("stage", "GiB", "host, GiB", "of the device's, at that moment"), rows),
         "",
         "Seconds an iteration, computed from FLOPs and bytes at a GPU's full rates, not measured:",
         "",

@@ -1,9 +1,9 @@
 """What a configuration needs, found by running it: the real training iteration on tensors without memory.
 
-The model's real classes are built from their configs on fake tensors, and the trainer runs an iteration of two
-rollouts: the second finds the first one's gradients. The ledger counts every storage on the way. Nothing is computed,
-so that peaks of the largest models are known in a minute or two on any machine; what a GPU's allocator and libraries
-take beyond tensors is not in them.
+The model's real classes are built from their configs on fake tensors. The trainer draws samples, is watched, and runs
+an iteration of a rollout that finds an earlier one's gradients. The ledger counts every storage on the way. Nothing is
+computed, so that peaks of the largest models are known in a minute or two on any machine; what a GPU's allocator and
+libraries take beyond tensors is not in them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from leapalign.memory.repetition import run_by
 from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for, watched
 from leapalign.method_gradient import Objective
 from leapalign.models.velocity import GuidedEmbeddings
+from leapalign.planning.between import between_iterations, count_watch_rewards, watch_rewards
 from leapalign.planning.ledger import Peak, StorageLedger
 from leapalign.planning.model_skeleton import Skeleton, skeleton, skeleton_trainer
 from leapalign.probe.climb import ascent
 from leapalign.reports.progress import progress
 from leapalign.trainer import Trainer
 
-STAGES: tuple[Stage, ...] = ("rollout", "reward", "surrogate", "optimizer")
+ITERATION: tuple[Stage, ...] = ("rollout", "reward", "surrogate", "optimizer")
+BETWEEN: tuple[Stage, ...] = ("sampling", "watch", "saving")
 
 GPUS = {"RTX 4090": (150e12, 25e9), "H100": (989e12, 50e9)}
 """Dense bfloat16 FLOP/s and bytes/s each way between host and device, to compute times with."""
@@ -42,10 +44,10 @@ GPUS = {"RTX 4090": (150e12, 25e9), "H100": (989e12, 50e9)}
 
 @dataclasses.dataclass(frozen=True)
 class Simulation:
-    """An iteration's needs. Stages: ``rollout``, ``reward``, ``surrogate``, ``optimizer``.
+    """A run's needs, by stages: those of `ITERATION`, and those of `BETWEEN` that the configuration has.
 
-    device, host: the peak of each stage. flops, traffic: of the simulated rollout, times the configuration's number
-    of them.
+    device, host: the peak of each stage. flops, traffic: of an iteration, by its stages: the simulated rollout's, times
+    the configuration's number of them.
     """
 
     device: dict[Stage, Peak]
@@ -121,18 +123,24 @@ class _Replay:
 
 
 def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_one) -> Simulation:
-    """Runs an iteration of ``config`` on fake tensors. Raises UserError where the model's configs cannot be read.
+    """Runs ``config`` on fake tensors. Raises UserError where the model's configs cannot be read.
 
-    It has one rollout, and gradients from rollouts before it: all but the first add to what is there.
+    First what comes between iterations, then an iteration. This has one rollout, and gradients from rollouts before it:
+    all but the first add to what is there.
 
-    iterate: runs it; another's to compare with.
+    iterate: runs the iteration; another's to compare with.
     """
     config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, attention="native"))
     ledger, mode = _Spectator(), FakeTensorMode(allow_non_fake_inputs=True)
-    with progress("simulate, model", len(STAGES), "stage") as bar, watched(_shown_on(bar)), ledger:
+    with progress("simulate, model", len(ITERATION), "stage") as bar, watched(_shown_on(bar)), ledger:
         parts = skeleton(config, mode)
         _count_parts(ledger, parts)
+        with mode:
+            held_out = watch_rewards(config)
+        count_watch_rewards(ledger, held_out, host=True)
         trainer = skeleton_trainer(config, parts, torch.device("cpu"))
+        with run_by(_Replay(mode, ledger)):
+            between_iterations(trainer, ledger, held_out)
         parameters = [p for p in trainer.model.transformer.parameters() if p.requires_grad]
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(lambda p: _count_gradient(ledger, p))
@@ -144,12 +152,13 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
         with run_by(_Replay(mode, ledger)):
             iterate(trainer)
     rollouts = config.train.batch_size / min(config.rollout.batch_size, config.train.batch_size)
-    scale = {name: 1.0 if name == "optimizer" else rollouts for name in STAGES}
+    scale = {name: 1.0 if name == "optimizer" else rollouts for name in ITERATION}
+    device, host = ledger.device.peaks, ledger.host.peaks
     return Simulation(
-        device={name: ledger.device.peaks[name] for name in STAGES if name in ledger.device.peaks},
-        host={name: ledger.host.peaks[name] for name in STAGES if name in ledger.host.peaks},
+        device={name: device[name] for name in (*ITERATION, *BETWEEN) if name in device},
+        host={name: host[name] for name in (*ITERATION, *BETWEEN) if name in host},
         trainable_parameters=sum(parameter.numel() for parameter in parameters),
-        flops={name: scale[name] * ledger.flops[name] for name in STAGES},
+        flops={name: scale[name] * ledger.flops[name] for name in ITERATION},
         traffic={(name, way): scale[name] * size for (name, way), size in (TRAFFIC - before).items() if name in scale},
     )
 
@@ -174,7 +183,7 @@ def _shown_on(bar: Any) -> Callable[[Stage], contextlib.AbstractContextManager[N
     """Has ``bar`` say which stage is running."""
 
     def show(name: Stage) -> contextlib.AbstractContextManager[None]:
-        bar.n = STAGES.index(name)
+        bar.n = ITERATION.index(name) if name in ITERATION else 0
         bar.set_description(f"simulate, {name}")
         return contextlib.nullcontext()
 
@@ -208,7 +217,7 @@ def step_seconds(found: Simulation, gpu: str) -> dict[Stage, dict[str, float]]:
             "compute": found.flops[name] / rate,
             "transfer": max(found.traffic.get((name, way), 0.0) for way in ("to_device", "to_host")) / bandwidth,
         }
-        for name in STAGES
+        for name in ITERATION
     }
 
 

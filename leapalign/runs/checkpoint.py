@@ -157,7 +157,9 @@ def remove_partial(run: Path) -> None:
 
 def _write(folder: Path, iteration: int, transformer: Any, optimizer: Optimizer) -> None:
     folder.mkdir()
-    save_weights(transformer, folder / TRANSFORMER)
+    # Those in host memory themselves, and not what the device has of them, which would be copied back.
+    with optimizer.changing_weights():
+        save_weights(transformer, folder / TRANSFORMER)
     point("checkpoint file")
     save_weights(transformer, folder / AVERAGE, optimizer.average.as_weights())
     point("checkpoint file")

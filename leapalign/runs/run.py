@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from leapalign.config import Config, save_config
-from leapalign.evaluation.generate import generate
 from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.inputs.validation import UserError
-from leapalign.memory.residency import Stage, watched
+from leapalign.memory.residency import Stage, stage, watched
 from leapalign.planning.shortage import shortage_explained
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.reports.pictures import image_grid
@@ -38,7 +35,6 @@ from leapalign.watch.records import ranked
 from leapalign.watch.watch import Watch
 
 SHOWN = ("reward", "loss", "grad_norm", "d_j", "d_end")
-SAMPLE_SEED = 2_000_000
 LOGGED_EVERY = 60.0
 """Seconds between lines where there is no terminal for a bar."""
 
@@ -157,7 +153,8 @@ class Run:
         def show(name: Stage) -> contextlib.AbstractContextManager[None]:
             nonlocal began
             began += name == "rollout"
-            of = f" {(began - 1) % rollouts + 1}/{rollouts}" if rollouts > 1 and name != "optimizer" else ""
+            repeated = rollouts > 1 and name in ("rollout", "reward", "surrogate")
+            of = f" {(began - 1) % rollouts + 1}/{rollouts}" if repeated else ""
             bar.set_description(f"train, {name}{of}")
             return contextlib.nullcontext()
 
@@ -168,7 +165,7 @@ class Run:
         watch, trainer = self.watch, self.trainer
         if watch is None:
             return
-        with trainer.optimizer.averaged_weights():
+        with stage("watch"), trainer.optimizer.averaged_weights():
             record = watch.look(trainer.iteration, trainer.model, trainer.rewards)
         log.write_watch(record)
         say(shown(record, watch.base or {}))
@@ -183,24 +180,14 @@ class Run:
         return self.watch is not None and self.watch.stop is not None
 
     def _save_samples(self) -> None:
-        """A grid of images by the weight average for the run's first prompts, the same seeds every time."""
-        config, trainer = self.config, self.trainer
-        count = min(config.samples.count, len(trainer.prompts))
-        with trainer.optimizer.averaged_weights():
-            images = generate(
-                trainer.model,
-                trainer.embeddings[torch.arange(count)],
-                range(SAMPLE_SEED, SAMPLE_SEED + count),
-                config.rollout.num_steps,
-                config.rollout.batch_size,
-                "samples",
-                config.rollout.sigmas,
-            )
+        """A grid of the trainer's samples."""
+        trainer = self.trainer
+        images = trainer.draw_samples()
         folder = self.folder / "samples"
         with writing(folder):
             make_folder(folder)
         with beside(folder / f"step-{trainer.iteration}.png") as picture:
-            image_grid(images, trainer.prompts[:count]).save(picture, format="PNG")
+            image_grid(images, trainer.prompts[: len(images)]).save(picture, format="PNG")
             point("samples")
 
     def _save_checkpoint(self) -> None:
@@ -208,4 +195,6 @@ class Run:
         trainer.refuse_bad_weights()
         best_first = ranked(self.folder, config.watch.best_by)
         keep = config.checkpoint.keep
-        save_checkpoint(self.folder, trainer.iteration, trainer.model.transformer, trainer.optimizer, keep, best_first)
+        with stage("saving"):
+            model, optimizer = trainer.model.transformer, trainer.optimizer
+            save_checkpoint(self.folder, trainer.iteration, model, optimizer, keep, best_first)

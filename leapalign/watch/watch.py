@@ -18,6 +18,7 @@ from leapalign.config import Config
 from leapalign.evaluation.generate import sample, sampling_progress
 from leapalign.inputs.validation import UserError
 from leapalign.memory.placement import lent_device
+from leapalign.memory.residency import host_memory
 from leapalign.models.protocol import FlowModel
 from leapalign.prompts.files import read_prompts
 from leapalign.reward_gradient import RewardFn, RewardTerm, scores_of
@@ -117,7 +118,8 @@ class Watch:
         metrics, latents = self._measured(model, trained)
         record = {"iteration": iteration, **metrics}
         if iteration == 0:
-            self.base, self.base_latents = record, torch.cat(latents)
+            with host_memory("latents"):
+                self.base, self.base_latents = record, torch.cat(latents)
             save_base(Path(self.config.output), self.base_latents, self.config, self.prompts)
         assert self.base is not None, "recall comes first"
         self.stop = first_to_hold(self.rules, record, self.base)
@@ -143,7 +145,8 @@ class Watch:
                 found |= {name: statistic(images) for name, statistic in OF_IMAGES.items()}
                 if self.base_latents is None:
                     # Copied, or each batch would keep its whole rollout.
-                    made.append(latents.to("cpu", copy=True))
+                    with host_memory("latents"):
+                        made.append(latents.to("cpu", copy=True))
                     found["drift"] = torch.zeros(len(latents), device=model.device)
                 else:
                     base = self.base_latents[part].to(latents.device, non_blocking=True)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 from measured_iterations import measured
-from places import BYTES, PLACES
+from places import BYTES, HOST, PLACES
 from screens import stderr_on_a_terminal
 from small_runs import config_of
+from watched_runs import other_reward, watched
 
 from leapalign import cli
 from leapalign.inputs.validation import UserError
 from leapalign.planning.fit import parse_size
-from leapalign.planning.simulate import STAGES, simulate
+from leapalign.planning.ledger import StorageLedger
+from leapalign.planning.simulate import BETWEEN, ITERATION, simulate
 
 FACTORS = "optimizer.name=adafactor"
 MOMENTS = "optimizer.name=adamw"
@@ -30,19 +32,44 @@ MOMENTS = "optimizer.name=adamw"
     ],
 )
 def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, optimizer: str, place: str) -> None:
-    asked = (*PLACES.get(place, ()), "train.batch_size=8")
-    config = config_of(parts, tmp_path, optimizer, *asked)
+    asked = (*PLACES.get(place, ()), "train.batch_size=8", "watch.seeds=2", other_reward(parts))
+    config = watched(parts, tmp_path / "run", optimizer, *asked)
     real, found = measured(config), simulate(config)
+    assert set(found.device) == {*ITERATION, *BETWEEN}
     for simulated, counted in ((found.device, real.device.peaks), (found.host, real.host.peaks)):
-        for stage in STAGES:
+        for stage in (*ITERATION, *BETWEEN):
             expected = counted[stage].total if stage in counted else 0
-            assert (simulated[stage].total if stage in simulated else 0) == pytest.approx(expected, rel=0.005)
+            if stage == "saving" and simulated is found.host and config.memory.optimizer == "device":
+                expected += saved_from_the_device(real)
+            assert (simulated[stage].total if stage in simulated else 0) == pytest.approx(expected, rel=0.005), stage
+
+
+def saved_from_the_device(real: StorageLedger) -> int:
+    """Bytes of the largest file that are copied to host memory: here they never leave it, and nothing is counted."""
+    by_role = real.device.peaks["saving"].by_role
+    return max(by_role["weights"], by_role.get("optimizer", 0))
+
+
+def test_an_average_of_another_dtype_is_rounded_to_a_copy(parts: Path, tmp_path: Path) -> None:
+    """Which samples, the watch and checkpoints each make."""
+    kinds = {dtype: ("model.dtype=bfloat16", f"ema.dtype={dtype}") for dtype in ("bfloat16", "float32")}
+    same, other = (simulate(watched(parts, tmp_path / dtype, BYTES, HOST, *kind)).host for dtype, kind in kinds.items())
+    weights = same["optimizer"].by_role["weights"]
+    for stage in BETWEEN:
+        # The average itself takes twice the bytes.
+        assert other[stage].total - same[stage].total == pytest.approx(2 * weights, rel=0.01)
+    assert other["surrogate"].total - same["surrogate"].total == pytest.approx(weights, rel=0.01)
+
+
+def test_without_samples_and_watch_there_are_no_such_stages(parts: Path, tmp_path: Path) -> None:
+    found = simulate(config_of(parts, tmp_path, BYTES, "samples.every=0"))
+    assert set(found.device) == {*ITERATION, "saving"}
 
 
 def test_a_bar_says_which_stage_is_simulated(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = stderr_on_a_terminal(monkeypatch)
     simulate(config_of(parts, tmp_path, BYTES))
-    assert {"simulate, model", *(f"simulate, {stage}" for stage in STAGES)} <= terminal.descriptions()
+    assert {"simulate, model", *(f"simulate, {stage}" for stage in ITERATION)} <= terminal.descriptions()
 
 
 def test_host_memory_holds_what_leaves_the_device(parts: Path, tmp_path: Path) -> None:
@@ -75,7 +102,7 @@ def test_command_says_what_fits_and_what_to_change(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["fits"] is True
     assert found["advice"] is None
-    assert set(found["stages"]) == set(STAGES)
+    assert set(found["stages"]) == {*ITERATION, "sampling", "saving"}
     for stage in found["stages"].values():
         assert sum(stage["by_role"].values()) == stage["device_peak_bytes"]
     assert max(stage["device_peak_bytes"] for stage in found["stages"].values()) == found["device_peak_bytes"]

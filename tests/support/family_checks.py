@@ -19,7 +19,7 @@ from leapalign.models import encode_prompts, load_model
 from leapalign.models.velocity import prompted_velocity
 from leapalign.models.weights import read_weights
 from leapalign.planning.ledger import StorageLedger
-from leapalign.planning.simulate import STAGES, simulate
+from leapalign.planning.simulate import ITERATION, simulate
 from leapalign.rollout import Rollout, sample_rollout
 from leapalign.runs.checkpoint import TRANSFORMER
 from leapalign.runs.run_folder import read_metrics
@@ -136,7 +136,7 @@ def check_simulation(folder: Path, model: dict[str, Any]) -> None:
     config = load_config(write_config(folder, model, train=two_rollouts))
     real, found = measured(config), simulate(config)
     assert found.trainable_parameters == sum(p.numel() for p in load_model(config.model).transformer.parameters())
-    for stage in STAGES:
+    for stage in ITERATION:
         simulated, counted = found.device[stage], real.device.peaks[stage]
         assert simulated.by_role["weights"] == counted.by_role["weights"]
         assert simulated.total == pytest.approx(counted.total, rel=0.005)
