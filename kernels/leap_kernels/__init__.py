@@ -14,10 +14,12 @@ from .ema_update import ema_update_
 from .euler_step import euler_step
 from .leap_distances import leap_distances
 from .leap_update import leap_update
+from .qk_norm_rope import QK, qk_norm_rope
 from .scale_gradient import scale_gradient
 from .stochastic_round import stochastic_round_
 
 __all__ = [
+    "QK",
     "Adam8bitState",
     "BackendUnavailable",
     "Explanation",
@@ -30,6 +32,7 @@ __all__ = [
     "explain",
     "leap_distances",
     "leap_update",
+    "qk_norm_rope",
     "scale_gradient",
     "stochastic_round_",
     "use_backend",

@@ -21,6 +21,7 @@ OPS = {
     "euler_step",
     "leap_distances",
     "leap_update",
+    "qk_norm_rope",
     "scale_gradient",
     "stochastic_round_",
 }

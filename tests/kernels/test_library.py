@@ -31,6 +31,22 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return latents(*shape, dtype=dtype).requires_grad_()
 
 
+def norm_rope_samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
+    heads = [leaf(2, tokens, 2, 4, dtype=dtype) for tokens in (3, 3, 2, 2)]
+    weights, table = [leaf(4, dtype=dtype) for _ in range(4)], torch.rand(5, 2)
+    alone = (*heads[:2], weights[0], *[None] * 7, 1e-6, False)
+    joint = (*heads[:2], *weights[:2], *heads[2:], *weights[2:], table, table, 1e-6, True)
+    grads = [latents(2, tokens, 2, 4, dtype=dtype) for tokens in (3, 3, 5, 5)]
+    values = [argument.detach() if isinstance(argument, Tensor) else argument for argument in joint]
+    return {
+        "qk_norm_rope": [alone, joint],
+        "qk_norm_rope_backward": [
+            (*grads[2:], *values, [True] * 8),
+            (*grads[2:], *values, [False, True, False, False, False, False, True, False]),
+        ],
+    }
+
+
 def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
     """Return arguments for every op in `torch.ops.leap_kernels`."""
     x, v, u = (leaf(2, 9, dtype=dtype) for _ in range(3))
@@ -43,6 +59,7 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
         "consistency_weighted_loss": [(leaf(2), torch.rand(2, 2, device=x.device), 0.5, 0.1)],
         "combine_gradient_terms": [(*fixed[:2], delta, 0.3, None), (*fixed[:2], delta, 0.3, 0.5)],
         "euler_step": [(x, v, delta, None, None), (x, v, delta, u, scale)],
+        **norm_rope_samples(dtype),
         "scaled": [(x, delta, torch.float32)],
         "scaled_twice": [(x, delta, scale, dtype)],
         "stochastic_round_": [(fixed[0].bfloat16(), fixed[1].float(), -3, 5)],
