@@ -117,6 +117,18 @@ struct NormRope {
   int32_t halves, dtype, threads;
 };
 
+// Forward without a `grad`, which writes mean and rstd, else backward.
+struct GroupNorm {
+  const void *grad, *x;
+  float *mean, *rstd;
+  const float *weight, *bias;
+  void* out;
+  float *at_weight, *at_bias;
+  int64_t batch, channels, places, groups;
+  float eps;
+  int32_t dtype, threads;
+};
+
 #define LEAP_DECLARE_KERNELS(isa)           \
   namespace isa {                           \
   int32_t run(const Connector& call);       \
@@ -129,6 +141,7 @@ struct NormRope {
   int32_t run(const EmaUpdate& call);       \
   int32_t run(const Adamw8bit& call);       \
   int32_t run(const NormRope& call);        \
+  int32_t run(const GroupNorm& call);       \
   }
 
 LEAP_DECLARE_KERNELS(baseline)

@@ -13,7 +13,7 @@
 #define LEAP_API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; leap_kernels/_native.py refuses any other value.
-constexpr int32_t LEAP_ABI = 5;
+constexpr int32_t LEAP_ABI = 6;
 
 enum LeapDtype : int32_t { LEAP_FLOAT32 = 0, LEAP_BFLOAT16 = 1, LEAP_FLOAT16 = 2 };
 
@@ -106,3 +106,17 @@ LEAP_API int32_t leap_norm_rope_backward(const void* grad, const void* x, const 
                                          int64_t x_head, int64_t table_batch, int64_t batch, int64_t tokens,
                                          int64_t heads, int64_t width, float eps, int32_t halves, int32_t dtype,
                                          int32_t threads);
+
+// out = silu(y) with y = (x - mean) * rstd * weight + bias, where mean and rstd = 1 / sqrt(variance + eps) are those of
+// each of the groups of a sample, and are written (batch, groups). x and out are (batch, channels, places) of `dtype`;
+// weight and bias are per channel, null for 1 and 0.
+LEAP_API int32_t leap_group_norm_silu(const void* x, const float* weight, const float* bias, void* out, float* mean,
+                                      float* rstd, int64_t batch, int64_t channels, int64_t places, int64_t groups,
+                                      float eps, int32_t dtype, int32_t threads);
+
+// The gradients of leap_group_norm_silu from `grad`, that at its output, and from what it wrote: out at x, and at_weight
+// and at_bias, both (channels,).
+LEAP_API int32_t leap_group_norm_silu_backward(const void* grad, const void* x, float* mean, float* rstd,
+                                               const float* weight, const float* bias, void* out, float* at_weight,
+                                               float* at_bias, int64_t batch, int64_t channels, int64_t places,
+                                               int64_t groups, int32_t dtype, int32_t threads);

@@ -19,6 +19,7 @@ OPS = {
     "consistency_weighted_loss",
     "ema_update_",
     "euler_step",
+    "group_norm_silu",
     "leap_distances",
     "leap_update",
     "qk_norm_rope",
