@@ -12,12 +12,15 @@ from .combine_gradient_terms import combine_gradient_terms
 from .consistency_weighted_loss import consistency_weighted_loss
 from .ema_update import ema_update_
 from .euler_step import euler_step
+from .group_norm_silu import group_norm_silu
 from .leap_distances import leap_distances
 from .leap_update import leap_update
+from .qk_norm_rope import QK, qk_norm_rope
 from .scale_gradient import scale_gradient
 from .stochastic_round import stochastic_round_
 
 __all__ = [
+    "QK",
     "Adam8bitState",
     "BackendUnavailable",
     "Explanation",
@@ -28,8 +31,10 @@ __all__ = [
     "ema_update_",
     "euler_step",
     "explain",
+    "group_norm_silu",
     "leap_distances",
     "leap_update",
+    "qk_norm_rope",
     "scale_gradient",
     "stochastic_round_",
     "use_backend",

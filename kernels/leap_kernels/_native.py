@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 4
+ABI = 6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _FILE_NAME = {"darwin": "libleap_native.dylib", "win32": "leap_native.dll"}.get(sys.platform, "libleap_native.so")
@@ -28,6 +28,10 @@ _SIGNATURES = {
     "leap_accumulate": [_POINTER, _POINTER, _INT64, _INT32, _INT32],
     "leap_ema_update": [_POINTER, _POINTER, _FLOAT, _INT64, _INT32, _INT32],
     "leap_adamw_8bit_step": [*[_POINTER] * 10, *[_FLOAT] * 9, ctypes.c_uint64, _INT64, _INT64, _INT32, _INT32],
+    "leap_norm_rope": [*[_POINTER] * 5, *[_INT64] * 10, _FLOAT, _INT32, _INT32],
+    "leap_norm_rope_backward": [*[_POINTER] * 7, *[_INT64] * 11, _FLOAT, _INT32, _INT32],
+    "leap_group_norm_silu": [*[_POINTER] * 6, *[_INT64] * 4, _FLOAT, _INT32],
+    "leap_group_norm_silu_backward": [*[_POINTER] * 9, *[_INT64] * 4, _INT32],
 }
 _ERRORS = {-1: "unknown dtype", -2: "out of memory"}
 

@@ -98,6 +98,37 @@ struct Adamw8bit {
   int32_t dtype, gradient_dtype;
 };
 
+// Where the heads of a tensor (batch, tokens, heads, width) lie: elements from one to the next.
+struct Heads {
+  const void* data;
+  int64_t batch, token, head;
+};
+
+// Forward without a `grad`, else backward.
+struct NormRope {
+  Heads grad, x;
+  const float *weight, *cos, *sin;
+  int64_t table_batch;
+  void* out;
+  int64_t out_batch, out_token;
+  float* at_weight;
+  int64_t batch, tokens, heads, width;
+  float eps;
+  int32_t halves, dtype, threads;
+};
+
+// Forward without a `grad`, which writes mean and rstd, else backward.
+struct GroupNorm {
+  const void *grad, *x;
+  float *mean, *rstd;
+  const float *weight, *bias;
+  void* out;
+  float *at_weight, *at_bias;
+  int64_t batch, channels, places, groups;
+  float eps;
+  int32_t dtype, threads;
+};
+
 #define LEAP_DECLARE_KERNELS(isa)           \
   namespace isa {                           \
   int32_t run(const Connector& call);       \
@@ -109,6 +140,8 @@ struct Adamw8bit {
   int32_t run(const Accumulate& call);      \
   int32_t run(const EmaUpdate& call);       \
   int32_t run(const Adamw8bit& call);       \
+  int32_t run(const NormRope& call);        \
+  int32_t run(const GroupNorm& call);       \
   }
 
 LEAP_DECLARE_KERNELS(baseline)

@@ -163,3 +163,40 @@ int32_t leap_adamw_8bit_step(void* parameter, const void* gradient, uint8_t* sta
                             gradient_scale, rate, root, eps, decay, seed, offset, {1, count, threads}, dtype,
                             gradient_dtype});
 }
+
+int32_t leap_norm_rope(const void* x, const float* weight, const float* cos, const float* sin, void* out,
+                       int64_t x_batch, int64_t x_token, int64_t x_head, int64_t out_batch, int64_t out_token,
+                       int64_t table_batch, int64_t batch, int64_t tokens, int64_t heads, int64_t width, float eps,
+                       int32_t halves, int32_t dtype, int32_t threads) {
+  return dispatch(NormRope{{nullptr, 0, 0, 0}, {x, x_batch, x_token, x_head}, weight, cos, sin, table_batch,
+                           out, out_batch, out_token, nullptr, batch, tokens, heads, width, eps, halves, dtype,
+                           threads});
+}
+
+int32_t leap_norm_rope_backward(const void* grad, const void* x, const float* weight, const float* cos,
+                                const float* sin, void* out, float* at_weight, int64_t grad_batch, int64_t grad_token,
+                                int64_t grad_head, int64_t x_batch, int64_t x_token, int64_t x_head,
+                                int64_t table_batch, int64_t batch, int64_t tokens, int64_t heads, int64_t width,
+                                float eps, int32_t halves, int32_t dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * tokens * heads * width, dtype));
+  return dispatch(NormRope{{grad, grad_batch, grad_token, grad_head}, {x, x_batch, x_token, x_head}, weight, cos, sin,
+                           table_batch, out, 0, 0, at_weight, batch, tokens, heads, width, eps, halves, dtype,
+                           threads});
+}
+
+int32_t leap_group_norm_silu(const void* x, const float* weight, const float* bias, void* out, float* mean,
+                             float* rstd, int64_t batch, int64_t channels, int64_t places, int64_t groups, float eps,
+                             int32_t dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * channels * places, dtype));
+  return dispatch(GroupNorm{nullptr, x, mean, rstd, weight, bias, out, nullptr, nullptr, batch, channels, places,
+                            groups, eps, dtype, threads});
+}
+
+int32_t leap_group_norm_silu_backward(const void* grad, const void* x, float* mean, float* rstd, const float* weight,
+                                      const float* bias, void* out, float* at_weight, float* at_bias, int64_t batch,
+                                      int64_t channels, int64_t places, int64_t groups, int32_t dtype,
+                                      int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * channels * places, dtype));
+  return dispatch(GroupNorm{grad, x, mean, rstd, weight, bias, out, at_weight, at_bias, batch, channels, places,
+                            groups, 0.0f, dtype, threads});
+}

@@ -13,7 +13,7 @@
 #define LEAP_API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; leap_kernels/_native.py refuses any other value.
-constexpr int32_t LEAP_ABI = 4;
+constexpr int32_t LEAP_ABI = 6;
 
 enum LeapDtype : int32_t { LEAP_FLOAT32 = 0, LEAP_BFLOAT16 = 1, LEAP_FLOAT16 = 2 };
 
@@ -87,3 +87,36 @@ LEAP_API int32_t leap_adamw_8bit_step(void* parameter, const void* gradient, uin
                                       float rest2, float gradient_scale, float rate, float root, float eps,
                                       float decay, uint64_t seed, int64_t offset, int64_t count, int32_t dtype,
                                       int32_t gradient_dtype, int32_t threads);
+
+// Queries or keys: out = rotated(x * weight / sqrt(mean(x^2) + eps)) over each head of `width` elements, at most 512.
+// x and out are (batch, tokens, heads, width) of `dtype`, with the given distances, in elements, from one sample, token
+// and head of x to the next, and from one sample and token of out. weight is null for 1. cos and sin are
+// (tokens, width / 2), `table_batch` elements from one sample to the next, and null for no rotation; a pair (a, b)
+// becomes (a cos - b sin, b cos + a sin), and is (2i, 2i + 1), or with `halves` (i, i + width / 2).
+LEAP_API int32_t leap_norm_rope(const void* x, const float* weight, const float* cos, const float* sin, void* out,
+                                int64_t x_batch, int64_t x_token, int64_t x_head, int64_t out_batch,
+                                int64_t out_token, int64_t table_batch, int64_t batch, int64_t tokens, int64_t heads,
+                                int64_t width, float eps, int32_t halves, int32_t dtype, int32_t threads);
+
+// The gradients of leap_norm_rope from `grad`, that at its output: out, contiguous, at x, and at_weight (width,), unless
+// it is null, at the weight.
+LEAP_API int32_t leap_norm_rope_backward(const void* grad, const void* x, const float* weight, const float* cos,
+                                         const float* sin, void* out, float* at_weight, int64_t grad_batch,
+                                         int64_t grad_token, int64_t grad_head, int64_t x_batch, int64_t x_token,
+                                         int64_t x_head, int64_t table_batch, int64_t batch, int64_t tokens,
+                                         int64_t heads, int64_t width, float eps, int32_t halves, int32_t dtype,
+                                         int32_t threads);
+
+// out = silu(y) with y = (x - mean) * rstd * weight + bias, where mean and rstd = 1 / sqrt(variance + eps) are those of
+// each of the groups of a sample, and are written (batch, groups). x and out are (batch, channels, places) of `dtype`;
+// weight and bias are per channel, null for 1 and 0.
+LEAP_API int32_t leap_group_norm_silu(const void* x, const float* weight, const float* bias, void* out, float* mean,
+                                      float* rstd, int64_t batch, int64_t channels, int64_t places, int64_t groups,
+                                      float eps, int32_t dtype, int32_t threads);
+
+// The gradients of leap_group_norm_silu from `grad`, that at its output, and from what it wrote: out at x, and at_weight
+// and at_bias, both (channels,).
+LEAP_API int32_t leap_group_norm_silu_backward(const void* grad, const void* x, float* mean, float* rstd,
+                                               const float* weight, const float* bias, void* out, float* at_weight,
+                                               float* at_bias, int64_t batch, int64_t channels, int64_t places,
+                                               int64_t groups, int32_t dtype, int32_t threads);

@@ -20,8 +20,10 @@ OPS = {
     "consistency_weighted_loss",
     "ema_update_",
     "euler_step",
+    "group_norm_silu",
     "leap_distances",
     "leap_update",
+    "qk_norm_rope",
     "scale_gradient",
     "stochastic_round_",
 }

@@ -33,6 +33,35 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return latents(*shape, dtype=dtype).requires_grad_()
 
 
+def norm_rope_samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
+    heads = [leaf(2, tokens, 2, 4, dtype=dtype) for tokens in (3, 3, 2, 2)]
+    weights, table = [leaf(4, dtype=dtype) for _ in range(4)], torch.rand(5, 2)
+    alone = (*heads[:2], weights[0], *[None] * 7, 1e-6, False)
+    joint = (*heads[:2], *weights[:2], *heads[2:], *weights[2:], table, table, 1e-6, True)
+    grads = [latents(2, tokens, 2, 4, dtype=dtype) for tokens in (3, 3, 5, 5)]
+    values = [argument.detach() if isinstance(argument, Tensor) else argument for argument in joint]
+    return {
+        "qk_norm_rope": [alone, joint],
+        "qk_norm_rope_backward": [
+            (*grads[2:], *values, [True] * 8),
+            (*grads[2:], *values, [False, True, False, False, False, False, True, False]),
+        ],
+    }
+
+
+def group_norm_samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
+    x, weight, bias = leaf(2, 4, 3, dtype=dtype), leaf(4, dtype=dtype), leaf(4, dtype=dtype)
+    grad, values = latents(2, 4, 3, dtype=dtype), [value.detach() for value in (x, weight, bias)]
+    moments = torch.rand(2, 2), torch.rand(2, 2)
+    return {
+        "group_norm_silu": [(x, 2, weight, bias, 1e-6), (x, 2, None, None, 1e-6)],
+        "group_norm_silu_backward": [
+            (grad, values[0], *moments, *values[1:], [True] * 3),
+            (grad, values[0], *moments, None, None, [True, False, False]),
+        ],
+    }
+
+
 def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
     """Return arguments for every op in `torch.ops.leap_kernels`."""
     x, v, u = (leaf(2, 9, dtype=dtype) for _ in range(3))
@@ -46,6 +75,8 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
         "combine_gradient_terms": [(*fixed[:2], delta, 0.3, None), (*fixed[:2], delta, 0.3, 0.5)],
         "euler_step": [(x, v, delta, None, None), (x, v, delta, u, scale)],
         "scale_gradient": [(x, delta)],
+        **norm_rope_samples(dtype),
+        **group_norm_samples(dtype),
         "scaled": [(x, delta, torch.float32)],
         "scaled_twice": [(x, delta, scale, dtype)],
         "stochastic_round_": [(fixed[0].bfloat16(), fixed[1].float(), -3, 5)],
