@@ -7,30 +7,38 @@ checks its arguments and picks a backend. Nothing here needs `leapalign`.
 from ._dispatch import BackendUnavailable, Explanation, explain, use_backend
 from ._moments import Adam8bitState
 from .accumulate import accumulate_
+from .adaln_modulate import adaln_modulate
 from .adamw_8bit_step import adamw_8bit_step_
 from .combine_gradient_terms import combine_gradient_terms
 from .consistency_weighted_loss import consistency_weighted_loss
 from .ema_update import ema_update_
 from .euler_step import euler_step
+from .gated_residual import gated_residual
+from .gelu_tanh import gelu_tanh
 from .leap_distances import leap_distances
 from .leap_update import leap_update
 from .scale_gradient import scale_gradient
 from .stochastic_round import stochastic_round_
+from .swiglu import swiglu
 
 __all__ = [
     "Adam8bitState",
     "BackendUnavailable",
     "Explanation",
     "accumulate_",
+    "adaln_modulate",
     "adamw_8bit_step_",
     "combine_gradient_terms",
     "consistency_weighted_loss",
     "ema_update_",
     "euler_step",
     "explain",
+    "gated_residual",
+    "gelu_tanh",
     "leap_distances",
     "leap_update",
     "scale_gradient",
     "stochastic_round_",
+    "swiglu",
     "use_backend",
 ]

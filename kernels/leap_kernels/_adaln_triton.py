@@ -9,10 +9,13 @@ LONGEST = 8192
 STRIP, SUMMED_STRIP = 4, 16
 
 
-def block_and_warps(width: int) -> tuple[int, int]:
-    """Return a program's block for rows of `width`, and its warps: sixteen elements a thread."""
+def block_and_warps(width: int, sums: bool = False) -> tuple[int, int]:
+    """Return a program's block for rows of `width`, and its warps, so that no register has to be spilled.
+
+    A thread holds eight elements of a row (sixteen of the longest), or sixteen where it also keeps sums.
+    """
     block = max(256, triton.next_power_of_2(width))
-    return block, max(1, block // 512)
+    return block, max(1, min(16, block // (512 if sums else 256)))
 
 
 @jit

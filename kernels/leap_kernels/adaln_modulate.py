@@ -88,7 +88,7 @@ def triton_backward(
     strip = SUMMED_STRIP if sums else STRIP
     strips = triton.cdiv(rows, strip)
     partial = statistics.new_empty(2, batch, strips, width) if sums else statistics
-    block, warps = block_and_warps(width)
+    block, warps = block_and_warps(width, sums)
     with torch.cuda.device_of(x):
         adaln_backward_kernel[(batch * strips,)](
             *(grad, x, vectors, statistics, grad_x, partial, rows, batch * rows, strips, width),
