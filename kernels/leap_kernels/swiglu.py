@@ -24,6 +24,8 @@ from ._triton import jit, tl, triton
 
 def row_stride(x: Tensor) -> int | None:
     """Return how far rows of `x` (..., C) are from each other, or None where one number does not say."""
+    if x.is_contiguous():
+        return x.shape[-1]
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         return None
     stride = reach = None
@@ -49,6 +51,11 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
         return gate, up
     first, second = gate.chunk(2, dim=-1)
     return first, second
+
+
+def _output(gate: Tensor, up: Tensor | None) -> Tensor:
+    width = gate.shape[-1] if up is not None else gate.shape[-1] // 2
+    return gate.new_empty((*gate.shape[:-1], width))
 
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -128,7 +135,7 @@ def swiglu_backward_kernel(  # type: ignore[no-untyped-def]
 def triton_forward(gate: Tensor, up: Tensor | None) -> Tensor:
     """Compute with Triton; arguments and results as for `reference_forward`."""
     (first, first_stride), (second, second_stride) = (_in_rows(half) for half in _halves(gate, up))
-    out = torch.empty(first.shape, dtype=gate.dtype, device=gate.device)
+    out = _output(gate, up)
     width, block = out.shape[-1], _block(out.shape[-1])
     with torch.cuda.device_of(gate):
         swiglu_kernel[(out.numel() // width * triton.cdiv(width, block),)](
@@ -159,24 +166,31 @@ def _block(width: int) -> int:
 # ---- native CPU code ---------------------------------------------------------------------------------------
 
 
+def _addresses(gate: Tensor, up: Tensor | None) -> tuple[int, int, int, int]:
+    """Return the addresses of gate and up, each followed by its row stride: no views, which cost more than a row."""
+    first, first_stride = gate.data_ptr(), row_stride(gate) or 0
+    if up is None:
+        return first, first_stride, first + gate.shape[-1] // 2 * gate.element_size(), first_stride
+    return first, first_stride, up.data_ptr(), row_stride(up) or 0
+
+
 def native_forward(gate: Tensor, up: Tensor | None) -> Tensor:
     """Compute with native/activations.cpp; arguments and results as for `reference_forward`."""
-    first, second = _halves(gate, up)
-    out = torch.empty(first.shape, dtype=gate.dtype)
+    gate, up = _in_rows(gate)[0], None if up is None else _in_rows(up)[0]
+    out = _output(gate, up)
     width = out.shape[-1]
-    _native.call("leap_swiglu", *_in_rows(first), *_in_rows(second), out, out.numel() // width, width, out.dtype)
+    _native.call("leap_swiglu", *_addresses(gate, up), out, out.numel() // width, width, out.dtype)
     return out
 
 
 def native_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute with native/activations.cpp; arguments and results as for `reference_backward`."""
-    grad = grad.contiguous()
-    first, second = _halves(gate, up)
+    grad, gate, up = grad.contiguous(), _in_rows(gate)[0], None if up is None else _in_rows(up)[0]
     grads = _gradients_like(gate, up)
     width = grad.shape[-1]
+    to_gate, stride, to_up, _ = _addresses(grads[0], None if up is None else grads[1])
     _native.call(
-        *("leap_swiglu_backward", grad, *_in_rows(first), *_in_rows(second)),
-        *(*_halves(grads[0], None if up is None else grads[1]), grads[0].shape[-1]),
+        *("leap_swiglu_backward", grad, *_addresses(gate, up), to_gate, to_up, stride),
         *(grad.numel() // width, width, grad.dtype),
     )
     return grads
@@ -201,7 +215,7 @@ def _run(gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 def _fake(gate: Tensor, up: Tensor | None) -> Tensor:
-    return torch.empty_like(_halves(gate, up)[0], memory_format=torch.contiguous_format)
+    return _output(gate, up)
 
 
 def _run_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
