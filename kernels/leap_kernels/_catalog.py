@@ -276,4 +276,8 @@ OPS: tuple[OpSpec, ...] = (
             _adamw("/float32", "fp32", True),
         ),
     ),
+    OpSpec("adaln_modulate", "(x - mean) * rstd * (1 + scale) + shift, mean and rstd of each row"),
+    OpSpec("gated_residual", "x + gate * y"),
+    OpSpec("gelu_tanh", "0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))"),
+    OpSpec("swiglu", "gate * sigmoid(gate) * up"),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 6
+ABI = 7
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _FILE_NAME = {"darwin": "libleap_native.dylib", "win32": "leap_native.dll"}.get(sys.platform, "libleap_native.so")
@@ -32,6 +32,17 @@ _SIGNATURES = {
     "leap_norm_rope_backward": [*[_POINTER] * 7, *[_INT64] * 11, _FLOAT, _INT32, _INT32],
     "leap_group_norm_silu": [*[_POINTER] * 6, *[_INT64] * 4, _FLOAT, _INT32],
     "leap_group_norm_silu_backward": [*[_POINTER] * 9, *[_INT64] * 4, _INT32],
+}
+_VECTOR = [_POINTER, _INT64]
+_ROWS = [_INT64, _INT64, _INT64]
+_SIGNATURES |= {
+    "leap_adaln": [_POINTER, *_VECTOR, *_VECTOR, _FLOAT, *[_POINTER] * 2, *_ROWS, *[_INT32] * 3],
+    "leap_adaln_backward": [*[_POINTER] * 2, *_VECTOR, *[_POINTER] * 4, *_ROWS, *[_INT32] * 3],
+    "leap_gated_residual": [_POINTER, *_VECTOR, *[_POINTER] * 2, *_ROWS, *[_INT32] * 3],
+    "leap_gated_residual_backward": [_POINTER, *_VECTOR, *[_POINTER] * 3, *_ROWS, *[_INT32] * 3],
+    "leap_gelu_tanh": [*[_POINTER] * 3, _INT64, _INT32],
+    "leap_swiglu": [*_VECTOR, *_VECTOR, _POINTER, _INT64, _INT64, _INT32],
+    "leap_swiglu_backward": [_POINTER, *_VECTOR, *_VECTOR, *[_POINTER] * 2, *_ROWS, _INT32],
 }
 _ERRORS = {-1: "unknown dtype", -2: "out of memory"}
 

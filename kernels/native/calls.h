@@ -129,19 +129,92 @@ struct GroupNorm {
   int32_t dtype, threads;
 };
 
-#define LEAP_DECLARE_KERNELS(isa)           \
-  namespace isa {                           \
-  int32_t run(const Connector& call);       \
-  int32_t run(const Scale& call);           \
-  int32_t run(const LeapDistances& call);   \
-  int32_t run(const Combine& call);         \
-  int32_t run(const EulerStep& call);       \
-  int32_t run(const StochasticRound& call); \
-  int32_t run(const Accumulate& call);      \
-  int32_t run(const EmaUpdate& call);       \
-  int32_t run(const Adamw8bit& call);       \
-  int32_t run(const NormRope& call);        \
-  int32_t run(const GroupNorm& call);       \
+struct Adaln {
+  const void *x, *shift;
+  int64_t shift_stride;
+  const void* scale;
+  int64_t scale_stride;
+  float eps;
+  void* out;
+  float* statistics;
+  int64_t batch, rows, width;
+  int32_t dtype, shift_dtype, scale_dtype, threads;
+};
+
+struct AdalnBackward {
+  const void *grad, *x, *scale;
+  int64_t scale_stride;
+  const float* statistics;
+  void *grad_x, *grad_shift, *grad_scale;
+  int64_t batch, rows, width;
+  int32_t dtype, shift_dtype, scale_dtype, threads;
+};
+
+struct GatedResidual {
+  const void *x, *gate;
+  int64_t gate_stride;
+  const void* y;
+  void* out;
+  int64_t batch, rows, width;
+  int32_t dtype, gate_dtype, y_dtype, threads;
+};
+
+struct GatedResidualBackward {
+  const void *grad, *gate;
+  int64_t gate_stride;
+  const void* y;
+  void *grad_gate, *grad_y;
+  int64_t batch, rows, width;
+  int32_t dtype, gate_dtype, y_dtype, threads;
+};
+
+struct GeluTanh {
+  const void *grad, *x;
+  void* out;
+  Size size;
+  int32_t dtype;
+};
+
+struct Swiglu {
+  const void* gate;
+  int64_t gate_stride;
+  const void* up;
+  int64_t up_stride;
+  void* out;
+  int64_t rows, width;
+  int32_t dtype, threads;
+};
+
+struct SwigluBackward {
+  const void *grad, *gate;
+  int64_t gate_stride;
+  const void* up;
+  int64_t up_stride;
+  void *grad_gate, *grad_up;
+  int64_t out_stride, rows, width;
+  int32_t dtype, threads;
+};
+
+#define LEAP_DECLARE_KERNELS(isa)                 \
+  namespace isa {                                 \
+  int32_t run(const Connector& call);             \
+  int32_t run(const Scale& call);                 \
+  int32_t run(const LeapDistances& call);         \
+  int32_t run(const Combine& call);               \
+  int32_t run(const EulerStep& call);             \
+  int32_t run(const StochasticRound& call);       \
+  int32_t run(const Accumulate& call);            \
+  int32_t run(const EmaUpdate& call);             \
+  int32_t run(const Adamw8bit& call);             \
+  int32_t run(const Adaln& call);                 \
+  int32_t run(const AdalnBackward& call);         \
+  int32_t run(const GatedResidual& call);         \
+  int32_t run(const GatedResidualBackward& call); \
+  int32_t run(const GeluTanh& call);              \
+  int32_t run(const Swiglu& call);                \
+  int32_t run(const SwigluBackward& call);        \
+  int32_t run(const NormRope& call);              \
+  int32_t run(const GroupNorm& call);             \
   }
 
 LEAP_DECLARE_KERNELS(baseline)

@@ -200,3 +200,56 @@ int32_t leap_group_norm_silu_backward(const void* grad, const void* x, float* me
   return dispatch(GroupNorm{grad, x, mean, rstd, weight, bias, out, at_weight, at_bias, batch, channels, places,
                             groups, 0.0f, dtype, threads});
 }
+
+int32_t leap_adaln(const void* x, const void* shift, int64_t shift_stride, const void* scale, int64_t scale_stride,
+                   float eps, void* out, float* statistics, int64_t batch, int64_t rows, int64_t width,
+                   int32_t dtype, int32_t shift_dtype, int32_t scale_dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * rows * width, dtype));
+  return dispatch(Adaln{x, shift, shift_stride, scale, scale_stride, eps, out, statistics, batch, rows, width, dtype,
+                        shift_dtype, scale_dtype, threads});
+}
+
+int32_t leap_adaln_backward(const void* grad, const void* x, const void* scale, int64_t scale_stride,
+                            const float* statistics, void* grad_x, void* grad_shift, void* grad_scale,
+                            int64_t batch, int64_t rows, int64_t width, int32_t dtype, int32_t shift_dtype,
+                            int32_t scale_dtype, int32_t threads) {
+  advise_huge_pages(grad_x, bytes_of(batch * rows * width, dtype));
+  return dispatch(AdalnBackward{grad, x, scale, scale_stride, statistics, grad_x, grad_shift, grad_scale, batch, rows,
+                                width, dtype, shift_dtype, scale_dtype, threads});
+}
+
+int32_t leap_gated_residual(const void* x, const void* gate, int64_t gate_stride, const void* y, void* out,
+                            int64_t batch, int64_t rows, int64_t width, int32_t dtype, int32_t gate_dtype,
+                            int32_t y_dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(batch * rows * width, dtype));
+  return dispatch(
+      GatedResidual{x, gate, gate_stride, y, out, batch, rows, width, dtype, gate_dtype, y_dtype, threads});
+}
+
+int32_t leap_gated_residual_backward(const void* grad, const void* gate, int64_t gate_stride, const void* y,
+                                     void* grad_gate, void* grad_y, int64_t batch, int64_t rows, int64_t width,
+                                     int32_t dtype, int32_t gate_dtype, int32_t y_dtype, int32_t threads) {
+  if (grad_y != nullptr) advise_huge_pages(grad_y, bytes_of(batch * rows * width, y_dtype));
+  return dispatch(GatedResidualBackward{grad, gate, gate_stride, y, grad_gate, grad_y, batch, rows, width, dtype,
+                                        gate_dtype, y_dtype, threads});
+}
+
+int32_t leap_gelu_tanh(const void* grad, const void* x, void* out, int64_t count, int32_t dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(count, dtype));
+  return dispatch(GeluTanh{grad, x, out, {1, count, threads}, dtype});
+}
+
+int32_t leap_swiglu(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out, int64_t rows,
+                    int64_t width, int32_t dtype, int32_t threads) {
+  advise_huge_pages(out, bytes_of(rows * width, dtype));
+  return dispatch(Swiglu{gate, gate_stride, up, up_stride, out, rows, width, dtype, threads});
+}
+
+int32_t leap_swiglu_backward(const void* grad, const void* gate, int64_t gate_stride, const void* up,
+                             int64_t up_stride, void* grad_gate, void* grad_up, int64_t out_stride, int64_t rows,
+                             int64_t width, int32_t dtype, int32_t threads) {
+  advise_huge_pages(grad_gate, bytes_of(rows * width, dtype));
+  advise_huge_pages(grad_up, bytes_of(rows * width, dtype));
+  return dispatch(SwigluBackward{grad, gate, gate_stride, up, up_stride, grad_gate, grad_up, out_stride, rows, width,
+                                 dtype, threads});
+}

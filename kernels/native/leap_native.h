@@ -13,7 +13,7 @@
 #define LEAP_API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; leap_kernels/_native.py refuses any other value.
-constexpr int32_t LEAP_ABI = 6;
+constexpr int32_t LEAP_ABI = 7;
 
 enum LeapDtype : int32_t { LEAP_FLOAT32 = 0, LEAP_BFLOAT16 = 1, LEAP_FLOAT16 = 2 };
 
@@ -120,3 +120,45 @@ LEAP_API int32_t leap_group_norm_silu_backward(const void* grad, const void* x, 
                                                const float* weight, const float* bias, void* out, float* at_weight,
                                                float* at_bias, int64_t batch, int64_t channels, int64_t places,
                                                int64_t groups, int32_t dtype, int32_t threads);
+
+// ---- transformer blocks ----------------------------------------------------------------------------------------
+//
+// Tensors are (batch, rows, width). shift, scale and gate hold a vector of `width` for each sample, `..._stride`
+// elements apart. Gradients of these vectors are (batch, width), contiguous, of the dtype of the vector.
+
+// out = (x - mean) * rstd * (1 + scale) + shift, with mean and rstd = 1 / sqrt(variance + eps) of each row, which are
+// written to `statistics` (2, batch, rows). shift may be null.
+LEAP_API int32_t leap_adaln(const void* x, const void* shift, int64_t shift_stride, const void* scale,
+                            int64_t scale_stride, float eps, void* out, float* statistics, int64_t batch,
+                            int64_t rows, int64_t width, int32_t dtype, int32_t shift_dtype, int32_t scale_dtype,
+                            int32_t threads);
+
+// grad_shift may be null, and grad_scale with it.
+LEAP_API int32_t leap_adaln_backward(const void* grad, const void* x, const void* scale, int64_t scale_stride,
+                                     const float* statistics, void* grad_x, void* grad_shift,
+                                     void* grad_scale, int64_t batch, int64_t rows, int64_t width, int32_t dtype,
+                                     int32_t shift_dtype, int32_t scale_dtype, int32_t threads);
+
+// out = x + gate * y; x and out are of `dtype`.
+LEAP_API int32_t leap_gated_residual(const void* x, const void* gate, int64_t gate_stride, const void* y, void* out,
+                                     int64_t batch, int64_t rows, int64_t width, int32_t dtype, int32_t gate_dtype,
+                                     int32_t y_dtype, int32_t threads);
+
+// y and grad_gate are null where the gradient of gate is not wanted; grad_y may be null where it is.
+LEAP_API int32_t leap_gated_residual_backward(const void* grad, const void* gate, int64_t gate_stride, const void* y,
+                                              void* grad_gate, void* grad_y, int64_t batch, int64_t rows,
+                                              int64_t width, int32_t dtype, int32_t gate_dtype, int32_t y_dtype,
+                                              int32_t threads);
+
+// out = 0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), or, if grad is not null, grad times its derivative.
+LEAP_API int32_t leap_gelu_tanh(const void* grad, const void* x, void* out, int64_t count, int32_t dtype,
+                                int32_t threads);
+
+// out = gate / (1 + exp(-gate)) * up. Strides are those of rows.
+LEAP_API int32_t leap_swiglu(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out,
+                             int64_t rows, int64_t width, int32_t dtype, int32_t threads);
+
+// `out_stride` is that of the rows of both gradients.
+LEAP_API int32_t leap_swiglu_backward(const void* grad, const void* gate, int64_t gate_stride, const void* up,
+                                      int64_t up_stride, void* grad_gate, void* grad_up, int64_t out_stride,
+                                      int64_t rows, int64_t width, int32_t dtype, int32_t threads);

@@ -15,17 +15,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 OPS = {
     "accumulate_",
+    "adaln_modulate",
     "adamw_8bit_step_",
     "combine_gradient_terms",
     "consistency_weighted_loss",
     "ema_update_",
     "euler_step",
+    "gated_residual",
+    "gelu_tanh",
     "group_norm_silu",
     "leap_distances",
     "leap_update",
     "qk_norm_rope",
     "scale_gradient",
     "stochastic_round_",
+    "swiglu",
 }
 X = torch.ones(2, 3)
 
