@@ -8,6 +8,7 @@ from ._dispatch import BackendUnavailable, Explanation, explain, use_backend
 from ._moments import Adam8bitState
 from .accumulate import accumulate_
 from .adamw_8bit_step import adamw_8bit_step_
+from .adamw_8bit_step_many import adamw_8bit_step_many_
 from .combine_gradient_terms import combine_gradient_terms
 from .consistency_weighted_loss import consistency_weighted_loss
 from .ema_update import ema_update_
@@ -16,6 +17,7 @@ from .leap_distances import leap_distances
 from .leap_update import leap_update
 from .scale_gradient import scale_gradient
 from .stochastic_round import stochastic_round_
+from .total_norm import total_norm
 
 __all__ = [
     "Adam8bitState",
@@ -23,6 +25,7 @@ __all__ = [
     "Explanation",
     "accumulate_",
     "adamw_8bit_step_",
+    "adamw_8bit_step_many_",
     "combine_gradient_terms",
     "consistency_weighted_loss",
     "ema_update_",
@@ -32,5 +35,6 @@ __all__ = [
     "leap_update",
     "scale_gradient",
     "stochastic_round_",
+    "total_norm",
     "use_backend",
 ]

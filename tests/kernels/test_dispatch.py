@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 OPS = {
     "accumulate_",
     "adamw_8bit_step_",
+    "adamw_8bit_step_many_",
     "combine_gradient_terms",
     "consistency_weighted_loss",
     "ema_update_",
@@ -23,6 +24,7 @@ OPS = {
     "leap_update",
     "scale_gradient",
     "stochastic_round_",
+    "total_norm",
 }
 X = torch.ones(2, 3)
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from .._catalog import OPS, KernelSpec
+from .._catalog import OPS
+from .._specs import KernelSpec
 from .._triton import triton
 from .gpus import NOT_MEASURED, ROOFLINE_SHAPE, TARGETS, Target, occupancy, roofline_microseconds
 from .machine_code import MachineCode, read_cdna, read_sass
-from .ptx import Traffic, count_traffic
+from .ptx import Argument, Traffic, address_of, count_traffic
 
 # The walk takes the second program of the first sample: a full one, with a neighbour on either side.
 _PROGRAM = 1
@@ -85,16 +86,17 @@ def compile_kernel(spec: KernelSpec, dtype: torch.dtype, target: Target) -> Any:
 def _count(spec: KernelSpec, dtype: torch.dtype, target: Target, ptx: str, code: MachineCode) -> dict[str, Any]:
     """Walk through one full program, and check that the machine code has kept the PTX's accesses whole."""
     size = spec.elements * _PROGRAMS_PER_SAMPLE
+    tables = _tables(spec, size)
     # Sizes that fill every program; what else is an integer counts the programs of a sample.
     arguments = [
-        None if kind.startswith("*") else size if name in spec.aligned() else _PROGRAMS_PER_SAMPLE
+        tables.get(name) if kind.startswith("*") else size if name in spec.aligned() else _PROGRAMS_PER_SAMPLE
         for name, kind in spec.arguments.items()
     ]
     threads = target.warp_size * spec.num_warps
     traffic = count_traffic(ptx, arguments, threads, _PROGRAM, _PROGRAMS_PER_SAMPLE * _SAMPLES)
     # A program that does not ask which one it is runs alone and takes all elements.
     moved = traffic.bytes_moved / (spec.elements if "%ctaid" in ptx else size)
-    few = [number for number, name in enumerate(spec.arguments) if name in spec.per_group]
+    few = [number for number, name in enumerate([*spec.arguments, *spec.row]) if name in spec.per_group]
     per_element = Traffic(tuple(access for access in traffic.accesses if access.argument not in few))
     widths = {("store" if a.stores else "load", a.bits) for a in traffic.accesses if not a.opcode.startswith("red")}
     return {
@@ -103,6 +105,17 @@ def _count(spec: KernelSpec, dtype: torch.dtype, target: Target, ptx: str, code:
         "bytes_per_element": moved,
         "bytes_ratio": moved / spec.least_bytes(dtype),
     }
+
+
+def _tables(spec: KernelSpec, size: int) -> dict[str, Argument]:
+    """Return what is in the tables of a launch for many tensors: one row, on which all programs work."""
+    known = {"programs": _PROGRAMS_PER_SAMPLE * _SAMPLES, "count": size * _SAMPLES}
+    words = [
+        address_of(len(spec.arguments) + number) if name.endswith("_ptr") else known.get(name, 0)
+        for number, name in enumerate(spec.row)
+    ]
+    row = b"".join(word.to_bytes(8, "little") for word in words)
+    return {"rows_ptr": row, "row_of_ptr": bytes(4 * _PROGRAMS_PER_SAMPLE * _SAMPLES)}
 
 
 def _not_counted(code: MachineCode) -> dict[str, Any]:
