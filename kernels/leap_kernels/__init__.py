@@ -9,6 +9,7 @@ from ._moments import Adam8bitState
 from .accumulate import accumulate_
 from .adaln_modulate import adaln_modulate
 from .adamw_8bit_step import adamw_8bit_step_
+from .adamw_8bit_step_many import adamw_8bit_step_many_
 from .combine_gradient_terms import combine_gradient_terms
 from .consistency_weighted_loss import consistency_weighted_loss
 from .ema_update import ema_update_
@@ -22,6 +23,7 @@ from .qk_norm_rope import QK, qk_norm_rope
 from .scale_gradient import scale_gradient
 from .stochastic_round import stochastic_round_
 from .swiglu import swiglu
+from .total_norm import total_norm
 
 __all__ = [
     "QK",
@@ -31,6 +33,7 @@ __all__ = [
     "accumulate_",
     "adaln_modulate",
     "adamw_8bit_step_",
+    "adamw_8bit_step_many_",
     "combine_gradient_terms",
     "consistency_weighted_loss",
     "ema_update_",
@@ -45,5 +48,6 @@ __all__ = [
     "scale_gradient",
     "stochastic_round_",
     "swiglu",
+    "total_norm",
     "use_backend",
 ]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
 
+from ._adamw_8bit import GROUPS, Factors
+from ._adamw_8bit import WARPS as ADAMW_WARPS
+from ._many import ADDRESSES
 from ._moments import GROUP
+from ._specs import KernelSpec, OpSpec
 from .accumulate import BLOCK as ACCUMULATE_BLOCK
 from .accumulate import accumulate_kernel
-from .adamw_8bit_step import GROUPS, Factors, adamw_kernel
-from .adamw_8bit_step import WARPS as ADAMW_WARPS
+from .adamw_8bit_step import adamw_kernel
+from .adamw_8bit_step_many import WORDS as ADAMW_WORDS
+from .adamw_8bit_step_many import adamw_many_kernel
 from .combine_gradient_terms import BLOCK as COMBINE_BLOCK
 from .combine_gradient_terms import combine_kernel
 from .consistency_weighted_loss import BLOCK as LOSS_BLOCK
@@ -30,57 +33,9 @@ from .scale_gradient import BLOCK as SCALE_BLOCK
 from .scale_gradient import scale_kernel
 from .stochastic_round import BLOCK as ROUND_BLOCK
 from .stochastic_round import round_kernel
-
-LATENTS = "T"
-"""Stands for the dtype of the latents in `KernelSpec`: `*T` is a pointer to them."""
-
-TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """One Triton kernel with one choice of its constants."""
-
-    name: str
-    """Unique: `op` or `op/variant`."""
-    kernel: Any
-    """The function that `triton.jit` decorated."""
-    arguments: Mapping[str, str]
-    """Run-time arguments in order, with Triton's names of types at sizes below 2^31; `*T` points to latents."""
-    constexprs: Mapping[str, object]
-    reads: tuple[str, ...]
-    """Type of each tensor that is read, once an element: `T`, `fp32`, `bf16` or `u8`."""
-    writes: tuple[str, ...]
-    """Type of each tensor that is written, once an element."""
-    elements: int
-    """Elements that one program handles."""
-    num_warps: int = 4
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    """Dtypes of the latents that the kernel takes."""
-    per_group: tuple[str, ...] = ()
-    """Arguments with one number for many elements: too few bytes for the width of their accesses to matter."""
-    fp_fusion: bool = True
-    """Whether the compiler may round a product and a sum as one."""
-
-    def signature(self, dtype: torch.dtype) -> dict[str, str]:
-        """Return the type of every argument, for latents of `dtype`; constants are `constexpr`."""
-        types = {name: kind.replace(LATENTS, TRITON_NAMES[dtype]) for name, kind in self.arguments.items()}
-        return {**types, **dict.fromkeys(self.constexprs, "constexpr")}
-
-    def least_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes an element costs at least: each tensor read or written once."""
-        return sum(_BYTES[kind.replace(LATENTS, TRITON_NAMES[dtype])] for kind in self.reads + self.writes)
-
-
-@dataclass(frozen=True)
-class OpSpec:
-    """An op as its user sees it."""
-
-    name: str
-    formula: str
-    kernels: tuple[KernelSpec, ...] = ()
-
+from .total_norm import BLOCK as NORM_BLOCK
+from .total_norm import WORDS as NORM_WORDS
+from .total_norm import squares_kernel
 
 _BLOCKED = {"per_sample": "i32", "blocks": "i32"}
 _ANY = (torch.float32,)
@@ -227,6 +182,39 @@ def _adamw(variant: str, weights: str, whole_counters: bool) -> KernelSpec:
     )
 
 
+_MANY = {"rows_ptr": "*i64", "row_of_ptr": "*i32"}
+_ROW = ("first", "programs", "count")
+
+
+def _adamw_many(variant: str, weights: str, whole_counters: bool) -> KernelSpec:
+    """Return the step of many weights of a type, with gradients in the dtype of the latents."""
+    one = _adamw(variant, weights, whole_counters)
+    pointers = ("parameter_ptr", "gradient_ptr", "state1_ptr", "absmax1_ptr", "state2_ptr", "absmax2_ptr")
+    return replace(
+        one,
+        name=f"adamw_8bit_step_many_{variant}",
+        kernel=adamw_many_kernel,
+        arguments={"parameter_ptr": f"*{weights}", "gradient_ptr": "*T", **_MANY},
+        constexprs={
+            **{"WHOLE_COUNTERS": whole_counters, "ALIGNED": True, "GROUPS": GROUPS, "GROUP": GROUP},
+            **{"ADDRESSES": ADDRESSES, "WORDS": ADAMW_WORDS},
+        },
+        row=(*_ROW, *pointers, "offset", "seed"),
+    )
+
+
+_SQUARES = KernelSpec(
+    "total_norm",
+    squares_kernel,
+    {"value_ptr": "*T", **_MANY, "squares_ptr": "*fp32"},
+    {"ALIGNED": True, "BLOCK": NORM_BLOCK, "ADDRESSES": ADDRESSES, "WORDS": NORM_WORDS},
+    reads=("T",),
+    writes=(),
+    elements=NORM_BLOCK,
+    row=(*_ROW, "tensor_ptr"),
+)
+
+
 OPS: tuple[OpSpec, ...] = (
     OpSpec(
         "leap_update",
@@ -276,6 +264,16 @@ OPS: tuple[OpSpec, ...] = (
             _adamw("/float32", "fp32", True),
         ),
     ),
+    OpSpec(
+        "adamw_8bit_step_many_",
+        "adamw_8bit_step_ of each parameter, in one launch",
+        (
+            _adamw_many("", "bf16", True),
+            _adamw_many("/any_offset", "bf16", False),
+            _adamw_many("/float32", "fp32", True),
+        ),
+    ),
+    OpSpec("total_norm", "sqrt(sum of the squares of all elements of all tensors), in one launch", (_SQUARES,)),
     OpSpec("adaln_modulate", "(x - mean) * rstd * (1 + scale) + shift, mean and rstd of each row"),
     OpSpec("gated_residual", "x + gate * y"),
     OpSpec("gelu_tanh", "0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))"),

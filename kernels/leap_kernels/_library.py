@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ def define_in_place(
             return
         run(*arguments)
         # So that autograd notices, as it does after any op in place, if it had saved a tensor.
-        torch.autograd.graph.increment_version(arguments[:written])
+        torch.autograd.graph.increment_version(tuple(_tensors(arguments[:written])))
 
     return call
 
@@ -113,11 +113,21 @@ def _observed(arguments: tuple[Any, ...]) -> bool:
     """
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled():
         return True
-    plain = _plain_keys(arguments[0].device.type)
-    for argument in arguments:
-        if isinstance(argument, Tensor) and torch._C._dispatch_keys(argument).raw_repr() != plain:
+    plain = None
+    for tensor in _tensors(arguments):
+        plain = plain or _plain_keys(tensor.device.type)
+        if torch._C._dispatch_keys(tensor).raw_repr() != plain:
             return True
     return False
+
+
+def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, and those in lists of tensors."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
+            yield from argument
 
 
 @functools.cache

@@ -12,15 +12,12 @@ A moment is stored as bitsandbytes stores it (`_moments.py` says how). Bytes and
 
 from __future__ import annotations
 
-import ctypes
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import _native
-from ._arguments import check_draws, check_writable
+from ._adamw_8bit import GROUPS, WARPS, Factors, check_numbers, check_tensors, factors_of, step_block
+from ._arguments import check_draws
 from ._dispatch import choose, register, unsupported
 from ._library import define_in_place
 from ._moments import (
@@ -30,32 +27,15 @@ from ._moments import (
     TABLE1,
     TABLE2,
     Adam8bitState,
-    layout,
     multiply_add,
     narrow,
-    narrowed_group,
     widened,
-    widened_group,
 )
-from ._triton import fma, jit_for_any, tl, triton
-from .stochastic_round import PER_COUNTER, draw_each, draw_eights, round_off
+from ._triton import jit_for_any, tl, triton
+from .stochastic_round import PER_COUNTER
 from .stochastic_round import reference as round_reference
 
 # ---- reference ---------------------------------------------------------------------------------------------
-
-
-class Factors(NamedTuple):
-    """What a step multiplies by, each a number of float32."""
-
-    beta1: float
-    rest1: float  # 1 - beta1
-    beta2: float
-    rest2: float  # 1 - beta2
-    gradient_scale: float
-    rate: float  # lr / (1 - beta1^step)
-    root: float  # sqrt(1 - beta2^step)
-    eps: float
-    decay: float  # lr * weight_decay
 
 
 def reference(
@@ -78,8 +58,6 @@ def reference(
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
-
-GROUPS, WARPS = 8, 4
 
 
 @jit_for_any("seed", "offset")
@@ -106,39 +84,15 @@ def adamw_kernel(  # type: ignore[no-untyped-def]
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    BLOCK: tl.constexpr = GROUPS * GROUP
     # 64 bits from here on: a tensor may exceed 2^31 elements.
     program = tl.program_id(0).to(tl.int64)
-    at = program * BLOCK + tl.arange(0, BLOCK)
-    group = program * GROUPS + tl.arange(0, GROUPS)
-    inside, with_elements = at < count, group * GROUP < count
-    g = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32) * gradient_scale
-    # Beyond the end both moments are 0, and so no largest magnitude.
-    state1 = tl.load(state1_ptr + at, mask=inside, other=127)
-    state2 = tl.load(state2_ptr + at, mask=inside, other=0)
-    absmax1 = tl.load(absmax1_ptr + group, mask=with_elements, other=0.0)
-    absmax2 = tl.load(absmax2_ptr + group, mask=with_elements, other=0.0)
-    old = tl.load(parameter_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    m = fma(g, rest1, widened_group(state1, absmax1, True, GROUPS, GROUP) * beta1)
-    v = fma(g * rest2, g, widened_group(state2, absmax2, False, GROUPS, GROUP) * beta2)
-    change = tl.div_rn(m * rate, tl.div_rn(tl.sqrt_rn(v), root) + eps)
-    stepped = old - (change + old * decay)
-    # Random bits take registers, which run short before the moments are stored.
-    ROUNDS: tl.constexpr = parameter_ptr.dtype.element_ty == tl.bfloat16
-    if not ROUNDS:
-        tl.store(parameter_ptr + at, stepped, mask=inside)
-    state1, absmax1 = narrowed_group(m, True, GROUPS, GROUP)
-    tl.store(state1_ptr + at, state1, mask=inside)
-    tl.store(absmax1_ptr + group, absmax1, mask=with_elements)
-    state2, absmax2 = narrowed_group(v, False, GROUPS, GROUP)
-    tl.store(state2_ptr + at, state2, mask=inside)
-    tl.store(absmax2_ptr + group, absmax2, mask=with_elements)
-    if ROUNDS:
-        if WHOLE_COUNTERS:
-            random = draw_eights(seed, (offset >> 3) + program * (BLOCK // 8) + tl.arange(0, BLOCK // 8))
-        else:
-            random = draw_each(seed, offset + at)
-        tl.store(parameter_ptr + at, round_off(stepped, random), mask=inside)
+    # fmt: off
+    step_block(
+        program, parameter_ptr, gradient_ptr, state1_ptr, absmax1_ptr, state2_ptr, absmax2_ptr,
+        beta1, rest1, beta2, rest2, gradient_scale, rate, root, eps, decay,
+        seed, offset, count, WHOLE_COUNTERS, GROUPS, GROUP,
+    )
+    # fmt: on
 
 
 def triton_step(
@@ -194,14 +148,12 @@ def _run(
 ) -> None:
     if parameter.numel() == 0:
         return
-    rate, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
-    factors = (beta1, 1 - beta1, beta2, 1 - beta2, gradient_scale, rate, root, eps, lr * weight_decay)
-    singles = Factors(*(ctypes.c_float(factor).value for factor in factors))
+    factors = factors_of(lr, beta1, beta2, eps, weight_decay, step, gradient_scale)
     state = Adam8bitState(state1, absmax1, state2, absmax2)
     whole = parameter.contiguous()
     take = _STEP[choose(_OP, parameter, gradient, *state.tensors())]
     # The schema's integers are signed: the upper half of the seeds came as negative numbers.
-    take(whole, gradient.contiguous(), state, singles, seed % (1 << 64), offset)
+    take(whole, gradient.contiguous(), state, factors, seed % (1 << 64), offset)
     if whole.data_ptr() != parameter.data_ptr():
         parameter.copy_(whole)
 
@@ -263,35 +215,9 @@ def adamw_8bit_step_(
             number out of range.
         BackendUnavailable: in strict mode, if the backend asked for cannot run.
     """
-    _check(parameter, gradient, state)
-    _check_numbers(lr, beta1, beta2, eps, weight_decay, step)
+    check_tensors("adamw_8bit_step_", parameter, gradient, state)
+    check_numbers("adamw_8bit_step_", lr, beta1, beta2, eps, weight_decay, step)
     check_draws("adamw_8bit_step_", seed, offset, parameter.numel())
     numbers = (lr, beta1, beta2, eps, weight_decay, step, gradient_scale)
     _step(parameter, *state.tensors(), gradient, *numbers, seed if seed < 1 << 63 else seed - (1 << 64), offset)
     return parameter
-
-
-def _check(parameter: Tensor, gradient: Tensor, state: Adam8bitState) -> None:
-    for name, tensor in (("parameter", parameter), ("gradient", gradient)):
-        if tensor.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"adamw_8bit_step_ takes float32 and bfloat16, but {name} is {tensor.dtype}.")
-    check_writable("adamw_8bit_step_", "parameter", parameter, "gradient", gradient)
-    for tensor, (dtype, shape) in zip(state.tensors(), layout(parameter), strict=True):
-        if (tensor.dtype, tuple(tensor.shape), tensor.device) != (dtype, shape, parameter.device):
-            raise ValueError(
-                f"adamw_8bit_step_ needs a state of {dtype} {shape} on {parameter.device}, not {tensor.dtype} "
-                f"{tuple(tensor.shape)} on {tensor.device}: start with Adam8bitState.zeros_like(parameter)."
-            )
-        if not tensor.is_contiguous():
-            raise ValueError("adamw_8bit_step_ needs a contiguous state, whose groups of 256 elements are in order.")
-
-
-def _check_numbers(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> None:
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"adamw_8bit_step_ needs {name} of at least 0, not {value}.")
-    for name, value in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= value < 1:
-            raise ValueError(f"adamw_8bit_step_ needs {name} in [0, 1), not {value}.")
-    if step < 1:
-        raise ValueError(f"adamw_8bit_step_ counts steps from 1, not {step}.")

@@ -16,8 +16,8 @@ from adamw_cases import (
 )
 from kernel_cases import LAYOUTS, WORDS
 from leap_kernels import Adam8bitState, adamw_8bit_step_, stochastic_round_, use_backend
+from leap_kernels._adamw_8bit import GROUPS
 from leap_kernels._moments import MAP1, MAP2
-from leap_kernels.adamw_8bit_step import GROUPS
 from torch import Tensor
 
 X = torch.ones(2, 300)

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adamw_cases import assert_same_states, by_dtype, by_gradient_dtype, gradients, taken, weights
+from adamw_cases import SETTINGS, assert_same_states, by_dtype, by_gradient_dtype, gradients, taken, weights
 from kernel_cases import CASES, HALVES_AND_FLOAT, SHAPES, WORDS, Case, assert_accurate, by_case
-from leap_kernels import Adam8bitState, accumulate_, adamw_8bit_step_, euler_step, stochastic_round_, use_backend
+from leap_kernels import (
+    Adam8bitState,
+    accumulate_,
+    adamw_8bit_step_,
+    adamw_8bit_step_many_,
+    euler_step,
+    stochastic_round_,
+    total_norm,
+    use_backend,
+)
+from leap_kernels._adamw_8bit import factors_of
 from leap_kernels._catalog import OPS
+from leap_kernels.adamw_8bit_step_many import Job, _kind, _table, launch
 
 DEVICE = "cuda"
 HUGE = (1 << 31) + 1009
@@ -16,7 +27,7 @@ by_offset = pytest.mark.parametrize("offset", [0, 8, 5, (1 << 62) + 3])
 
 
 def test_no_op_is_left_out() -> None:
-    here = {"adamw_8bit_step_", "stochastic_round_"}
+    here = {"adamw_8bit_step_", "adamw_8bit_step_many_", "stochastic_round_", "total_norm"}
     assert {name.partition("/")[0] for name in CASES} | here == {op.name for op in OPS}
 
 
@@ -125,3 +136,60 @@ def test_adamw_on_more_elements_than_32_bits_count() -> None:
     assert torch.equal(parameter[start:].view(torch.int16), end.view(torch.int16))
     assert torch.equal(state.state1[start:], state_of_end.state1)
     assert torch.equal(state.absmax2[start // 256 :], state_of_end.absmax2)
+
+
+def many(device: str) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Adam8bitState]]:
+    """The same parameters on any device, with gradients and states."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(size, generator=generator) for size in (1, 16, 255, 4096, 10_001) for _ in range(4)]
+    dtypes = (torch.float32, torch.bfloat16)
+    parameters = [values.to(device, dtypes[number % 2]) for number, values in enumerate(drawn)]
+    of_each = [(values / 7).to(device, dtypes[number // 2 % 2]) for number, values in enumerate(drawn)]
+    return parameters, of_each, [Adam8bitState.zeros_like(parameter) for parameter in parameters]
+
+
+@pytest.mark.cuda
+def test_adamw_of_many_has_the_bits_of_the_reference() -> None:
+    numbers = {name: value for name, value in SETTINGS.items() if name != "offset"} | {"gradient_scale": 0.37}
+    results = []
+    for backend, device in (("reference", "cpu"), ("triton", DEVICE)):
+        parameters, of_each, states = many(device)
+        with use_backend(backend, strict=True):
+            for step in (1, 2):
+                steps, offsets = [step] * len(parameters), [5 * number for number in range(len(parameters))]
+                adamw_8bit_step_many_(parameters, of_each, states, **numbers, steps=steps, offsets=offsets)
+        results.append([*parameters, *(tensor for state in states for tensor in state.tensors())])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.cuda
+def test_a_graph_holds_the_launch_of_many_steps() -> None:
+    """As often as it is replayed it takes the step with the numbers that are in its table."""
+    factors = factors_of(1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0.37)
+    results = []
+    for captured in (False, True):
+        parameters, of_each, states = many(DEVICE)
+        jobs = [Job(*each, factors, 7, 8) for each in zip(parameters, of_each, states, strict=True)]
+        of_kind = [job for job in jobs if _kind(job) == _kind(jobs[-1])]
+        table, kind = _table(of_kind), _kind(jobs[-1])[2:]
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                launch(of_kind[0], table, *kind)
+            graph.replay()
+            graph.replay()
+        else:
+            launch(of_kind[0], table, *kind)
+            launch(of_kind[0], table, *kind)
+        results.append(parameters)
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.cuda
+def test_total_norm_against_float64() -> None:
+    _, of_each, _ = many(DEVICE)
+    exact = torch.cat([gradient.double() for gradient in of_each]).norm().item()
+    with use_backend("triton", strict=True):
+        assert total_norm(of_each).item() == pytest.approx(exact, rel=1e-6)

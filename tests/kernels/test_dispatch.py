@@ -17,6 +17,7 @@ OPS = {
     "accumulate_",
     "adaln_modulate",
     "adamw_8bit_step_",
+    "adamw_8bit_step_many_",
     "combine_gradient_terms",
     "consistency_weighted_loss",
     "ema_update_",
@@ -30,6 +31,7 @@ OPS = {
     "scale_gradient",
     "stochastic_round_",
     "swiglu",
+    "total_norm",
 }
 X = torch.ones(2, 3)
 

@@ -69,6 +69,7 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
     fixed = [latents(2, 9, dtype=dtype) for _ in range(5)]
     delta, scale = torch.rand(2, device=x.device), torch.rand(2, device=x.device)
     state = Adam8bitState.zeros_like(fixed[0])
+    moments = [list(pair) for pair in zip(state.tensors(), Adam8bitState.zeros_like(fixed[2]).tensors(), strict=True)]
     return {
         "leap_update": [(x, v, delta, fixed[0])],
         "leap_distances": [(*fixed, delta, scale)],
@@ -86,16 +87,25 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
         "adamw_8bit_step_": [
             (fixed[0], *state.tensors(), fixed[1].float(), 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0.5, -3, 5),
         ],
+        "total_norm": [([fixed[0], fixed[1].float(), fixed[2][:, 1:]],)],
+        "adamw_8bit_step_many_": [
+            (
+                *([fixed[0], fixed[2]], *moments, [fixed[1].float(), fixed[3]]),
+                *(1e-3, 0.9, 0.99, 1e-8, 0.1, [1, 3], 0.5, -3, [5, 8]),
+            ),
+        ],
     }
 
 
 WITHOUT_TRITON = {"adamw_8bit_step_"}
+WITHOUT_NATIVE = {"total_norm"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", samples(torch.float32))
 def test_opcheck(name: str, backend: str) -> None:
-    with use_backend(backend, strict=backend != "triton" or name not in WITHOUT_TRITON):
+    lacking = {"triton": WITHOUT_TRITON, "native": WITHOUT_NATIVE}
+    with use_backend(backend, strict=name not in lacking.get(backend, ())):
         for dtype in (torch.float32, torch.bfloat16):
             for arguments in samples(dtype)[name]:
                 opcheck(getattr(OPS, name).default, arguments)

@@ -17,7 +17,7 @@ import json
 import torch
 import triton
 import triton.language as tl
-from leap_kernels._catalog import KernelSpec
+from leap_kernels._specs import KernelSpec
 from leap_kernels.tools.audit_compile import examine
 from leap_kernels.tools.gpus import TARGETS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from leap_kernels.tools.ptx import Traffic, count_traffic
+from leap_kernels.tools.ptx import Traffic, address_of, count_traffic
 from leap_kernels.tools.ptx_integers import evaluate
 from leap_kernels.tools.ptx_parse import Uncountable, parse
 
@@ -44,8 +44,8 @@ LOAD = "ld.global.v4.b32 { %r10, %r11, %r12, %r13 }, [ %rd1 + 0 ];"
 STORE = "st.global.v4.b32 [ %rd2 + 0 ], { %r10, %r11, %r12, %r13 };"
 
 
-def count(body: str, size: int = 1 << 20, program: int = 3) -> Traffic:
-    return count_traffic(PROLOGUE + body + EPILOGUE, [None, None, size], THREADS, program, programs=8)
+def count(body: str, size: int = 1 << 20, program: int = 3, first: bytes | None = None) -> Traffic:
+    return count_traffic(PROLOGUE + body + EPILOGUE, [first, None, size], THREADS, program, programs=8)
 
 
 def test_a_mask_is_known_from_packed_registers() -> None:
@@ -165,6 +165,23 @@ def test_what_cannot_be_known_is_refused(body: str, reason: str) -> None:
         count(body)
     with pytest.raises(Uncountable, match="no kernel"):
         parse(".version 8.7")
+
+
+def test_addresses_come_out_of_a_table_that_is_given() -> None:
+    """Of two numbers the second is the address of what parameter 5 would point to."""
+    through = """
+	ld.global.b64 %rd6, [%rd3+8];
+	mul.wide.u32 %rd7, %r1, 8;
+	add.s64 %rd8, %rd6, %rd7;
+	ld.global.b64 %rd9, [%rd8];
+"""
+    given = (7).to_bytes(8, "little") + address_of(5).to_bytes(8, "little")
+    traffic = count(through, first=given)
+    assert [(a.argument, a.scalar, a.requested) for a in traffic.accesses] == [(0, True, 8), (5, False, 8 * THREADS)]
+    # What is loaded from there is data again, and so is all that is not given.
+    for body, table in ((through + "ld.global.b64 %rd10, [%rd9];", given), (through, None)):
+        with pytest.raises(Uncountable, match=r"address of ld\.global"):
+            count(body, first=table)
 
 
 def test_memory_on_the_chip_is_not_counted() -> None:

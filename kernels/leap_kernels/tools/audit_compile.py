@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from .._catalog import OPS, KernelSpec
+from .._catalog import OPS
+from .._specs import KernelSpec
 from .._triton import triton
 from .gpus import NOT_MEASURED, ROOFLINE_SHAPE, TARGETS, Target, occupancy, roofline_microseconds
 from .launch_cases import LAUNCHERS
 from .launches import Inputs, Launch, Launcher, recorded
 from .machine_code import MachineCode, read_cdna, read_sass
-from .ptx import Traffic, count_traffic
+from .ptx import Argument, Traffic, address_of, count_traffic
 
 # The walk takes the second program of the first sample: a full one, with a neighbour on either side.
 _PROGRAM = 1
@@ -110,11 +111,12 @@ def _otherwise(spec: KernelSpec, launch: Launch, inputs: Inputs) -> list[str]:
     return [f"{what} {found}, not {said}" for what, (found, said) in pairs.items() if found != said]
 
 
-def walked(launch: Launch, program: int, target: Target) -> Traffic:
-    """Walk through one program of a launch."""
+def walked(launch: Launch, program: int, target: Target, spec: KernelSpec, count: int) -> Traffic:
+    """Walk through one program of a launch of `spec` for `count` elements."""
+    tables = _tables(spec, launch, count)
     arguments = [
-        None if isinstance(value, torch.Tensor) else value if isinstance(value, int) else 0
-        for value in launch.parameters.values()
+        tables.get(name) if isinstance(value, torch.Tensor) else value if isinstance(value, int) else 0
+        for name, value in launch.parameters.items()
     ]
     threads = target.warp_size * launch.compiled.metadata.num_warps
     return count_traffic(launch.compiled.asm["ptx"], arguments, threads, program, launch.programs)
@@ -124,10 +126,10 @@ def _count(
     spec: KernelSpec, launch: Launch, inputs: Inputs, torch_bytes: int, target: Target, code: MachineCode
 ) -> dict[str, Any]:
     """Walk through one full program, and check that the machine code has kept the PTX's accesses whole."""
-    traffic = walked(launch, min(_PROGRAM, launch.programs - 1), target)
+    traffic = walked(launch, min(_PROGRAM, launch.programs - 1), target, spec, inputs.count)
     beside = torch_bytes / inputs.count
     moved = traffic.bytes_moved * launch.programs / inputs.count + beside
-    few = [number for number, name in enumerate(launch.parameters) if name in spec.per_group]
+    few = [number for number, name in enumerate([*launch.parameters, *spec.row]) if name in spec.per_group]
     per_element = Traffic(tuple(access for access in traffic.accesses if access.argument not in few))
     widths = {("store" if a.stores else "load", a.bits) for a in traffic.accesses if not a.opcode.startswith("red")}
     return {
@@ -137,6 +139,17 @@ def _count(
         "torch_bytes_per_element": beside,
         "bytes_ratio": moved / spec.least_bytes(inputs.dtype),
     }
+
+
+def _tables(spec: KernelSpec, launch: Launch, count: int) -> dict[str, Argument]:
+    """Return what is in the tables of a launch for many tensors: one row, on which all programs work."""
+    known = {"programs": launch.programs, "count": count}
+    words = [
+        address_of(len(launch.parameters) + number) if name.endswith("_ptr") else known.get(name, 0)
+        for number, name in enumerate(spec.row)
+    ]
+    row = b"".join(word.to_bytes(8, "little") for word in words)
+    return {"rows_ptr": row, "row_of_ptr": bytes(4 * launch.programs)}
 
 
 def _not_counted(code: MachineCode) -> dict[str, Any]:

@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from .._adamw_8bit import Factors
 from .._moments import Adam8bitState, layout
 from ..accumulate import triton_add
-from ..adamw_8bit_step import Factors, triton_step
+from ..adamw_8bit_step import triton_step
+from ..adamw_8bit_step_many import Job
+from ..adamw_8bit_step_many import triton_step as triton_steps
 from ..combine_gradient_terms import triton_forward as combine
 from ..consistency_weighted_loss import triton_forward as weighted_loss
 from ..ema_update import triton_update
@@ -17,6 +20,7 @@ from ..leap_distances import triton_forward as distances
 from ..leap_update import triton_forward as connect
 from ..scale_gradient import triton_scaled
 from ..stochastic_round import triton_round
+from ..total_norm import triton_norm
 from .launches import Inputs, Launcher
 
 _FACTORS = Factors(0.9, 0.1, 0.99, 0.01, 1.0, 1e-3, 0.1, 1e-8, 1e-5)
@@ -65,6 +69,15 @@ def _adamw(weights: torch.dtype, offset: int) -> Launcher:
     return launcher
 
 
+def _adamw_many(weights: torch.dtype, offset: int) -> Launcher:
+    def launcher(i: Inputs) -> Callable[[], object]:
+        parameter = i.flat(weights)
+        state = Adam8bitState(*(i.tensor(shape, dtype) for dtype, shape in layout(parameter)))
+        return _call(triton_steps, [Job(parameter, i.flat(), state, _FACTORS, _SEED, offset)])
+
+    return launcher
+
+
 LAUNCHERS: dict[str, Launcher] = {
     "leap_update": _connect,
     "leap_update/no_target": _euler,
@@ -85,5 +98,9 @@ LAUNCHERS: dict[str, Launcher] = {
     "adamw_8bit_step_": _adamw(torch.bfloat16, 0),
     "adamw_8bit_step_/any_offset": _adamw(torch.bfloat16, 3),
     "adamw_8bit_step_/float32": _adamw(torch.float32, 0),
+    "adamw_8bit_step_many_": _adamw_many(torch.bfloat16, 0),
+    "adamw_8bit_step_many_/any_offset": _adamw_many(torch.bfloat16, 3),
+    "adamw_8bit_step_many_/float32": _adamw_many(torch.float32, 0),
+    "total_norm": lambda i: _call(triton_norm, [i.flat()]),
 }
 """By the name of the kernel in the catalog."""

@@ -2,7 +2,8 @@
 
 The walk executes what addresses, masks and branches are made of, for all threads of the program at once, and
 leaves out the arithmetic on data. So a loop counts as often as it runs for the given arguments, a masked
-access moves what its active threads touch, and a kernel whose addresses depend on data is refused, not guessed.
+access moves what its active threads touch, and a kernel whose addresses depend on data is refused, not guessed,
+unless the data are given.
 
 Per tensor, the bytes moved are those asked for (what several threads ask for in one instruction counts once; what
 the program reads twice counts twice) or, if more, the 32-byte sectors that hold them: memory moves whole sectors,
@@ -89,12 +90,21 @@ class Traffic:
         return sum(access.opcode.startswith(("atom", "red")) for access in self.accesses)
 
 
-def count_traffic(ptx: str, arguments: Sequence[int | None], threads: int, program: int, programs: int) -> Traffic:
+Argument = int | bytes | None
+"""A number, what is in the memory that a pointer points to, or None for a pointer to data."""
+
+
+def address_of(number: int) -> int:
+    """Return the address that the walk gives to parameter `number`; those beyond the parameters are free for tables."""
+    return (number + 1) * _STRETCH
+
+
+def count_traffic(ptx: str, arguments: Sequence[Argument], threads: int, program: int, programs: int) -> Traffic:
     """Walk through the one kernel in `ptx` as program `program` of a one-dimensional grid.
 
     Args:
         ptx: the text of a module with one kernel.
-        arguments: the values of the kernel's parameters in order, None for a pointer.
+        arguments: the values of the kernel's parameters in order.
         threads: threads of a program.
         program: the program to walk through.
         programs: how many programs the grid has.
@@ -116,7 +126,7 @@ def count_traffic(ptx: str, arguments: Sequence[int | None], threads: int, progr
 class _Walk:
     """The state of one program: its registers, and what its memory instructions have moved so far."""
 
-    def __init__(self, arguments: Sequence[int | None], threads: int, program: int, programs: int) -> None:
+    def __init__(self, arguments: Sequence[Argument], threads: int, program: int, programs: int) -> None:
         self.arguments = arguments
         self.threads = threads
         self.accesses: dict[int, Access] = {}
@@ -203,6 +213,8 @@ class _Walk:
             return self._parameter(sources[0])
         if instruction.opcode.startswith("mov") and sources[0].startswith("{"):
             return _joined([self._read(part.strip()) for part in sources[0].strip("{}").split(",")], instruction.opcode)
+        if instruction.opcode.startswith("ld.global"):
+            return self._contents(self._address(sources[0]), _access_bits(instruction.opcode) // 8)
         if any(source.startswith(("[", "{")) for source in sources):
             return None
         return evaluate(instruction.opcode, [self._read(source) for source in sources])
@@ -213,7 +225,17 @@ class _Walk:
         if index >= len(self.arguments):
             return None
         value = self.arguments[index]
-        return self._same((index + 1) * _STRETCH if value is None else value)
+        return self._same(value if isinstance(value, int) else address_of(index))
+
+    def _contents(self, addresses: Value, size: int) -> Value:
+        """Return what all threads load from one address, if it is in memory whose contents are given."""
+        if addresses is None or np.unique(addresses).size > 1:
+            return None
+        number, place = divmod(int(addresses[0]) - address_of(0), _STRETCH)
+        given = self.arguments[number] if 0 <= number < len(self.arguments) else None
+        if not isinstance(given, bytes):
+            return None
+        return self._same(int.from_bytes(given[place : place + size], "little"))
 
     def _read(self, operand: str) -> Value:
         """Return a register or an integer; None for a floating-point number or a symbol."""
