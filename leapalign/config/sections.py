@@ -103,9 +103,10 @@ HOST_OPTIMIZERS = ("adamw_8bit", "adafactor")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "adafactor", "bnb_adamw_8bit", "bnb_paged_adamw_8bit"] = "adamw"
     """``adamw``: moments in the dtype of the weights; ``adamw_8bit``: in bytes; ``adafactor``: second moments by
-    row and column, no first ones. The last two round bfloat16 weights stochastically."""
+    row and column, no first ones. These two round bfloat16 weights stochastically. ``bnb_``: bitsandbytes' own AdamW
+    with moments in bytes, and with pages of them that leave the GPU when it is full; for float32 weights."""
     learning_rate: PositiveFloat = 1e-5
     """Of AdamW a weight's largest steady step; of adafactor the largest root mean square of a tensor's."""
     beta1: Decay = 0.9

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from leapalign.config import OptimizerConfig
+from leapalign.optimizers import bitsandbytes_adamw
 from leapalign.optimizers.adafactor import Adafactor
 from leapalign.optimizers.adamw import AdamW
 from leapalign.optimizers.adamw_8bit import AdamW8bit
@@ -28,7 +29,13 @@ class UpdateRule(Protocol):
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
 
-OPTIMIZERS: dict[str, type[Any]] = {"adamw": AdamW, "adamw_8bit": AdamW8bit, "adafactor": Adafactor}
+OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter], OptimizerConfig, int], Any]] = {
+    "adamw": AdamW,
+    "adamw_8bit": AdamW8bit,
+    "adafactor": Adafactor,
+    "bnb_adamw_8bit": bitsandbytes_adamw.resident,
+    "bnb_paged_adamw_8bit": bitsandbytes_adamw.paged,
+}
 
 
 def get_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig, seed: int) -> UpdateRule:

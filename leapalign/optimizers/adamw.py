@@ -19,7 +19,7 @@ class AdamW(torch.optim.AdamW):
     gradient_scale = 1.0
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: OptimizerConfig, seed: int) -> None:
-        _refuse_rounding_to_nearest(parameters, config.learning_rate)
+        refuse_rounding_to_nearest(parameters, config)
         betas = (config.beta1, config.beta2)
         super().__init__(parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
         # Moments are made at once: a run that does not fit fails before its first iteration.
@@ -33,8 +33,9 @@ class AdamW(torch.optim.AdamW):
         super().step(closure)
 
 
-def _refuse_rounding_to_nearest(parameters: Sequence[nn.Parameter], learning_rate: float) -> None:
+def refuse_rounding_to_nearest(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> None:
     """Raises UserError for bfloat16 weights, saying how many of them a step of the learning rate would not move."""
+    learning_rate = config.learning_rate
     half = [parameter.detach() for parameter in parameters if parameter.dtype == torch.bfloat16]
     if not half:
         return
@@ -42,7 +43,7 @@ def _refuse_rounding_to_nearest(parameters: Sequence[nn.Parameter], learning_rat
     stuck = sum(int((learning_rate < torch.exp2(weights.float().frexp().exponent - 9.0)).sum()) for weights in half)
     share = stuck / sum(weights.numel() for weights in half)
     raise UserError(
-        f"optimizer.name adamw rounds bfloat16 weights to nearest, and a step of {learning_rate:g} would leave "
+        f"optimizer.name {config.name} rounds bfloat16 weights to nearest, and a step of {learning_rate:g} would leave "
         f"{share:.0%} of them where they are; choose adamw_8bit or adafactor, which round stochastically, or "
         "model.dtype float32"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -92,6 +93,36 @@ def test_rounding_to_nearest_is_refused_with_the_share_that_would_not_move() -> 
     # The share is what really happens.
     stepped = weights[0].detach() - torch.tensor(1e-5, dtype=torch.bfloat16)
     assert float((stepped == weights[0].detach()).float().mean()) == pytest.approx(0.89, abs=0.01)
+
+
+@pytest.mark.bitsandbytes
+def test_the_librarys_own_eight_bit_adamw_takes_its_own_steps() -> None:
+    """Those of a bare bitsandbytes optimizer on clipped gradients, to the bit."""
+    from bitsandbytes.optim import AdamW8bit
+
+    ours, theirs = parameters(), parameters()
+    optimizer = optimizer_of(ours, name="bnb_adamw_8bit", learning_rate=1e-3, max_grad_norm=0.5)
+    bare = AdamW8bit(theirs, lr=1e-3, weight_decay=1e-4)
+    for step in range(3):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        norm = optimizer.step()["grad_norm"]
+        for weight in theirs:
+            weight.grad *= min(1.0, 0.5 / (norm + 1e-6))
+        bare.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert {state["state1"].dtype for state in optimizer.rule.state.values()} >= {torch.uint8}
+
+
+@pytest.mark.bitsandbytes
+def test_the_librarys_optimizers_are_refused_where_they_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="bnb_paged_adamw_8bit pages memory of an NVIDIA GPU"):
+        optimizer_of(parameters(), name="bnb_paged_adamw_8bit")
+    with pytest.raises(UserError, match="bnb_adamw_8bit rounds bfloat16 weights to nearest"):
+        optimizer_of(parameters(torch.bfloat16), name="bnb_adamw_8bit")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes .*; install it with pip install bitsandbytes"):
+        optimizer_of(parameters(), name="bnb_adamw_8bit")
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -231,7 +262,13 @@ def test_weights_come_back_from_the_average(ema: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("adamw", torch.float32), ("adamw_8bit", torch.bfloat16), ("adafactor", torch.bfloat16)]
+    ("name", "dtype"),
+    [
+        ("adamw", torch.float32),
+        ("adamw_8bit", torch.bfloat16),
+        ("adafactor", torch.bfloat16),
+        pytest.param("bnb_adamw_8bit", torch.float32, marks=pytest.mark.bitsandbytes),
+    ],
 )
 @pytest.mark.parametrize("ema", ["float32", "bfloat16"])
 def test_restored_state_continues_to_the_bit(name: str, dtype: torch.dtype, ema: str) -> None:

@@ -29,6 +29,7 @@ MOMENTS = "optimizer.name=adamw"
         (FACTORS, "plain"),
         (FACTORS, "host optimizer"),
         (MOMENTS, "plain"),
+        pytest.param("optimizer.name=bnb_adamw_8bit", "plain", marks=pytest.mark.bitsandbytes),
     ],
 )
 def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, optimizer: str, place: str) -> None:
