@@ -10,6 +10,7 @@ import torch
 from leap_kernels import euler_step
 from torch import Tensor
 
+from leapalign.memory.constants import made_there
 from leapalign.memory.repetition import repeated
 from leapalign.memory.residency import made_for
 from leapalign.storage.faults import point
@@ -55,22 +56,30 @@ class Rollout:
 
     def latents_at(self, index: Tensor) -> Tensor:
         """Latents ``(N, ...)`` at the steps ``index (N,)``; entry n belongs to sample ``n % B``."""
-        return self.latents[index, self._samples(index)]
+        return picked(self.latents, index, self._samples(index))
 
     def velocities_at(self, index: Tensor) -> Tensor:
         """Velocities ``(N, ...)`` at the steps ``index (N,)``; entry n belongs to sample ``n % B``."""
-        return self.velocities[index, self._samples(index)]
+        return picked(self.velocities, index, self._samples(index))
 
     def posterior_mean(self, index: int | Tensor) -> Tensor:
         """One leap to the image, ``x_t - sigma_t v_t``: ``(N, ...)``. ``index``: a step for all B samples, or ``(N,)``
         steps, entry n for sample ``n % B``."""
         steps = torch.as_tensor(index)
         steps = steps.expand(self.batch_size) if steps.dim() == 0 else steps
-        sigma = per_sample(self.sigmas.cpu()[steps].to(self.latents.device), self.latents[0])
+        sigma = per_sample(made_there(self.sigmas[steps].tolist(), self.latents), self.latents[0])
         return self.latents_at(steps) - sigma * self.velocities_at(steps)
 
     def _samples(self, index: Tensor) -> Tensor:
         return torch.arange(len(index)) % self.batch_size
+
+
+def picked(of: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``of[rows, columns]``, ``(N, ...)``, for ``(N,)`` int64 positions in host memory.
+
+    Entry by entry: positions as tensors would be copied to the device of ``of``, and have the host wait for it.
+    """
+    return torch.stack([of[row, column] for row, column in zip(rows.tolist(), columns.tolist(), strict=True)])
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from leap_kernels import combine_gradient_terms
 from torch import Tensor
 
-from leapalign.rollout import Rollout, VelocityFn
+from leapalign.rollout import Rollout, VelocityFn, picked
 from leapalign.velocity_backward import BranchedVelocity, ConditionedVelocity, GradientSink, velocity_vjp
 
 __all__ = ["BranchedVelocity", "ConditionedVelocity", "GradientSink", "SurrogatePlan", "surrogate_backward"]
@@ -110,13 +110,18 @@ def surrogate_backward(
     batch = rollout.batch_size
     conditioned = velocity_fn if isinstance(velocity_fn, ConditionedVelocity) else None
     lam = x0_gradient.to(torch.promote_types(x0_gradient.dtype, torch.float32))
-    norms = torch.zeros(plan.index.shape, dtype=torch.float32)
+    # Each goes to the device, or comes from it, once: every copy has the host wait.
+    coefficients, levels = plan.coefficient.to(lam), rollout.sigmas.to(lam.device)
+    norms = torch.zeros(plan.index.shape, dtype=torch.float32, device=lam.device)
+    shares: dict[int, Tensor] = {}
     if applied_discount is not None:
         applied_discount.zero_()
     for group in _row_groups(plan.discount.tolist(), whole=conditioned is None):
-        coefficient = plan.coefficient[group].to(lam)
+        # A group's rows follow one another.
+        rows_of_group = slice(group[0], group[-1] + 1)
+        coefficient = coefficients[rows_of_group]
         cotangent = coefficient.view(*coefficient.shape, *[1] * (lam.dim() - 1)) * lam
-        norms[group] = cotangent.flatten(2).norm(dim=2).float().cpu()
+        norms[rows_of_group] = cotangent.flatten(2).norm(dim=2).float()
         discount = float(plan.discount[group[0]]) if group[0] > 0 else 0.0
         # Entries (row, column), row by row. A plain function wants all of them.
         active = plan.coefficient[group] != 0 if conditioned else torch.ones(len(group), plan.index.shape[1])
@@ -128,22 +133,28 @@ def surrogate_backward(
             count = int((rows == 0).sum()) if nested is not None else 0
             q = _part_vjp(
                 conditioned or velocity_fn,
-                rollout,
+                rollout.latents,
+                levels,
                 plan.index[group][rows, columns],
                 columns % batch,
-                cotangent[rows, columns],
-                velocity_gradient[group][rows, columns].to(lam) if velocity_gradient is not None else None,
+                picked(cotangent, rows, columns),
+                picked(velocity_gradient[rows_of_group], rows, columns).to(lam)
+                if velocity_gradient is not None
+                else None,
                 count,
                 gradient_sink,
             )
             if q is not None and nested is not None:
-                nested[columns[:count]] = q[:count].to(lam.dtype)
+                for column, term in zip(columns[:count].tolist(), q.to(lam.dtype), strict=False):
+                    nested[column] = term
         if nested is not None:
             lam, direct_norm, nested_norm = combine_gradient_terms(lam, nested, 1.0, discount, plan.max_ratio)
             if applied_discount is not None:
                 shrunk = 1.0 if plan.max_ratio is None else (plan.max_ratio * direct_norm / nested_norm).clamp(max=1)
-                applied_discount[group[0]] = (discount * shrunk * (nested_norm > 0)).nan_to_num(0.0)
-    return norms
+                shares[group[0]] = (discount * shrunk * (nested_norm > 0)).nan_to_num(0.0)
+    if applied_discount is not None and shares:
+        applied_discount[list(shares)] = torch.stack(list(shares.values())).to(applied_discount)
+    return norms.cpu()
 
 
 def _check(
@@ -196,7 +207,8 @@ def _row_groups(discount: list[float], whole: bool) -> Iterator[list[int]]:
 
 def _part_vjp(
     velocity_fn: VelocityFn,
-    rollout: Rollout,
+    latents: Tensor,
+    levels: Tensor,
     steps: Tensor,
     samples: Tensor,
     cotangent: Tensor,
@@ -206,6 +218,7 @@ def _part_vjp(
 ) -> Tensor | None:
     """`velocity_vjp` of a part's entries, of which the first ``passing`` pass gradient on through their inputs.
 
+    latents, levels: of the whole rollout; entry n is sample ``samples[n]`` of step ``steps[n]``, both in host memory.
     beside: what parameters get beside ``cotangent``, and inputs do not.
     """
 
@@ -213,8 +226,8 @@ def _part_vjp(
         of = samples[:count]
         return velocity_vjp(
             velocity_fn.select(of) if isinstance(velocity_fn, ConditionedVelocity) else velocity_fn,
-            rollout.latents[steps[:count], of],
-            rollout.sigmas[steps[:count]].to(cotangent.device),
+            picked(latents, steps[:count], of),
+            torch.stack([levels[step] for step in steps[:count].tolist()]),
             cotangent[:count],
             needs_input=needs_input,
             only_input=only_input,

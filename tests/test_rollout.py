@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from device_copies import AWAY, DeviceCopies
 
 from leapalign.rollout import Rollout, sample_rollout
 
@@ -62,16 +60,21 @@ def test_parts_that_do_not_fit_are_refused(
 
 def test_levels_go_to_the_device_once() -> None:
     """Latents on another device than the host: of all operations, one copies from the host."""
-    copies = []
+    with DeviceCopies() as counted:
+        rollout = sample_rollout(lambda x, sigma: x * sigma[:, None], torch.empty(3, 5, device=AWAY), SIGMAS)
+    assert rollout.latents.device == AWAY
+    assert counted.all == {"rollout.py:sample_rollout": 1}
 
-    class Copies(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-                copies.append((args[0].device.type, result.device.type))
-            return result
 
-    with Copies():
-        rollout = sample_rollout(lambda x, sigma: x * sigma[:, None], torch.empty(3, 5, device="meta"), SIGMAS)
-    assert rollout.latents.device.type == "meta"
-    assert [ends for ends in copies if ends[0] != ends[1]] == [("cpu", "meta")]
+def test_entries_are_picked_without_a_copy() -> None:
+    noise, steps = torch.randn(2, 5, dtype=torch.float64), torch.tensor([3, 0, 2, 2])
+    here = sample_rollout(lambda x, sigma: x.sin(), noise, SIGMAS)
+    samples = torch.tensor([0, 1, 0, 1])
+    assert torch.equal(here.latents_at(steps), here.latents[steps, samples])
+    assert torch.equal(here.velocities_at(steps), here.velocities[steps, samples])
+    away = Rollout(here.latents.to(AWAY), here.velocities.to(AWAY), SIGMAS)
+    with DeviceCopies() as counted:
+        for found in (away.latents_at(steps), away.velocities_at(steps), away.posterior_mean(steps)):
+            assert found.shape == (4, 5)
+            assert found.device == AWAY
+    assert not counted.all

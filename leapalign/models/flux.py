@@ -105,14 +105,18 @@ class FluxModel:
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full((len(latents),), self.guidance, device=device, dtype=dtype)
+        with torch.device(device):
+            # There, as a copy from host memory would have the host wait.
+            text_ids = torch.zeros(tokens.shape[1], 3, dtype=dtype)
+            image_ids = FluxPipeline._prepare_latent_image_ids(len(latents), self.rows, self.columns, device, dtype)
         return self.transformer(
             hidden_states=latents.to(dtype),
             timestep=rounded_time(self.scheduler, sigma.to(device), dtype),
             guidance=guidance,
             pooled_projections=pooled,
             encoder_hidden_states=tokens,
-            txt_ids=torch.zeros(tokens.shape[1], 3, device=device, dtype=dtype),
-            img_ids=FluxPipeline._prepare_latent_image_ids(len(latents), self.rows, self.columns, device, dtype),
+            txt_ids=text_ids,
+            img_ids=image_ids,
             return_dict=False,
         )[0]
 

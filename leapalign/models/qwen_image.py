@@ -18,6 +18,7 @@ from torch import Tensor
 from leapalign.config import ModelConfig, SigmaSpacing
 from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.validation import UserError
+from leapalign.memory.constants import made_there
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import linear_sigmas, normal_latents, resolution_shift, rounded_time
@@ -92,13 +93,14 @@ class QwenImageModel:
     def velocity(self, latents: Tensor, sigma: Tensor, embeddings: PromptEmbeddings) -> Tensor:
         """``latents (B, tokens, channels)``, per-sample ``sigma (B,)`` -> velocity of the same shape."""
         device, dtype = latents.device, self.transformer.dtype
-        mask = embeddings.parts["mask"]
         return self.transformer(
             hidden_states=latents.to(dtype),
             timestep=rounded_time(self.scheduler, sigma.to(device), dtype),
             encoder_hidden_states=embeddings.parts["tokens"].to(device, dtype),
             # Fewer attention kernels take a mask.
-            encoder_hidden_states_mask=None if bool(mask.all()) else mask.to(device),
+            encoder_hidden_states_mask=(
+                None if bool(embeddings.known("mask").all()) else embeddings.parts["mask"].to(device)
+            ),
             img_shapes=[[(1, self.rows, self.columns)]] * len(latents),
             return_dict=False,
         )[0]
@@ -113,7 +115,7 @@ class QwenImageModel:
         vae = self.decoder
         unpacked = QwenImagePipeline._unpack_latents(latents, 2 * self.rows, 2 * self.columns, vae_scale_factor=1)
         mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+            made_there(values, latents).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         scaled = (unpacked * std + mean).to(vae.dtype)

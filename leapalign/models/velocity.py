@@ -136,7 +136,7 @@ class GuidedVelocity:
         return self.model.velocity(latents, sigma, self._negatives(len(latents)))
 
     def _negatives(self, count: int) -> Any:
-        return self.embeddings.negative[torch.zeros(count, dtype=torch.int64)]
+        return self.embeddings.negative.repeated(count)
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,10 @@ class ZImageModel:
 
 def _prompts(embeddings: PromptEmbeddings) -> list[Tensor]:
     """Each prompt's tokens, ``(its length, D)``."""
-    tokens, lengths = embeddings.parts["tokens"], embeddings.parts.get("lengths")
-    if lengths is None:
+    tokens = embeddings.parts["tokens"]
+    if "lengths" not in embeddings.parts:
         return list(tokens)
-    return [prompt[:length] for prompt, length in zip(tokens, lengths.tolist(), strict=True)]
+    return [prompt[:length] for prompt, length in zip(tokens, embeddings.known("lengths").tolist(), strict=True)]
 
 
 def _tokens(tokens: int, pipeline: Any) -> TextEncoder:

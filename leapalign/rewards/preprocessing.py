@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from leapalign.memory.constants import made_there
 from leapalign.reward_gradient import to_unit_range
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -68,8 +69,7 @@ def contain(images: Tensor, side: int, clip: bool = True) -> Tensor:
 
 def normalised(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
     """``(images - mean) / std``, channel by channel."""
-    # In float64, so that any dtype gets them exactly rounded.
-    shift, scale = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1).to(images) for values in (mean, std))
+    shift, scale = (made_there(values, images).view(3, 1, 1) for values in (mean, std))
     return (images - shift) / scale
 
 
