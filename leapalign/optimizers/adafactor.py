@@ -8,6 +8,8 @@ The arithmetic is that of `transformers.Adafactor` with a given learning rate; v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import transformers
 from leap_kernels import stochastic_round_
@@ -28,7 +30,18 @@ class Adafactor(RoundedOptimizer):
             "exp_avg_sq_col": parameter.new_zeros(shape[:-2] + shape[-1:], dtype=torch.float32),
         }
 
-    def step_one(self, parameter: nn.Parameter, gradient: Tensor, lr: float, step: int, offset: int) -> None:
+    def step_all(
+        self,
+        parameters: Sequence[nn.Parameter],
+        gradients: Sequence[Tensor],
+        lr: float,
+        steps: Sequence[int],
+        offsets: Sequence[int],
+    ) -> None:
+        for parameter, gradient, step, offset in zip(parameters, gradients, steps, offsets, strict=True):
+            self._step(parameter, gradient, lr, step, offset)
+
+    def _step(self, parameter: nn.Parameter, gradient: Tensor, lr: float, step: int, offset: int) -> None:
         # The library steps from zero, and without decay: what it leaves is the whole change, however small beside the
         # weight. Both meet the weight together, in one rounding.
         change = torch.zeros_like(parameter, dtype=torch.float32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from leap_kernels import Adam8bitState, adamw_8bit_step_
+from collections.abc import Sequence
+
+from leap_kernels import Adam8bitState, adamw_8bit_step_many_
 from torch import Tensor, nn
 
 from leapalign.optimizers.rounded import RoundedOptimizer
@@ -18,19 +20,26 @@ class AdamW8bit(RoundedOptimizer):
         fresh = Adam8bitState.zeros_like(parameter)
         return {name: getattr(fresh, name) for name in _MOMENTS}
 
-    def step_one(self, parameter: nn.Parameter, gradient: Tensor, lr: float, step: int, offset: int) -> None:
-        state = self.state[parameter]
-        adamw_8bit_step_(
-            parameter,
-            gradient,
-            Adam8bitState(**{name: state[name] for name in _MOMENTS}),
+    def step_all(
+        self,
+        parameters: Sequence[nn.Parameter],
+        gradients: Sequence[Tensor],
+        lr: float,
+        steps: Sequence[int],
+        offsets: Sequence[int],
+    ) -> None:
+        moments = [self.state[parameter] for parameter in parameters]
+        adamw_8bit_step_many_(
+            parameters,
+            gradients,
+            [Adam8bitState(**{name: of_one[name] for name in _MOMENTS}) for of_one in moments],
             lr=lr,
             beta1=self.config.beta1,
             beta2=self.config.beta2,
             eps=_EPS,
             weight_decay=self.config.weight_decay,
-            step=step,
+            steps=steps,
             gradient_scale=self.gradient_scale,
             seed=self.seed,
-            offset=offset,
+            offsets=offsets,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from leap_kernels import total_norm
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -82,6 +83,7 @@ class Optimizer:
         with self.changing_weights():
             gradients = [self._gradient_of(parameter) for parameter in self._parameters]
             present = [gradient for gradient in gradients if gradient is not None]
+            # The device is waited for here, as nothing may move where the norm is not finite, and for the share.
             norm = float(total_norm(present))
             skipped = hold or not math.isfinite(norm)
             moved = 0.0 if skipped else self._move(gradients, norm)
@@ -102,12 +104,12 @@ class Optimizer:
     def _move(self, gradients: list[Tensor | None], norm: float) -> float:
         """Steps weights and average; returns the share of watched weights that changed."""
         self.rule.gradient_scale = min(1.0, self._max_grad_norm / (norm + 1e-6))
-        before = [_watched(parameter).clone() for parameter in self._parameters]
+        before = _watched(self._parameters)
         self.rule.gradients = gradients
         self.rule.step()
-        changed = [(_watched(p) != old).float() for p, old in zip(self._parameters, before, strict=True)]
+        changed = [new != old for new, old in zip(_watched(self._parameters), before, strict=True)]
         self.average.update()
-        return float(torch.cat(changed).mean())
+        return float(torch.cat(changed).float().mean())
 
     def _first_not_finite(self, tensors: Sequence[Tensor | None]) -> int | None:
         """None where each tensor is finite, and only the sum of their squares is not."""
@@ -185,17 +187,9 @@ class Optimizer:
         self.schedule = self._scheduled(scalars["iterations"])
 
 
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all ``tensors`` as one vector, a float32 scalar or wider; 0 of none.
-
-    PyTorch's `get_total_norm` is of the tensors' dtype: of bfloat16 up to 0.2 % off, and so is what it clips to.
-    """
-    norms = [
-        torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
-        for tensor in tensors
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-
-
-def _watched(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().flatten()[:_METER_ELEMENTS]
+def _watched(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """A copy of the first weights of all parameters, by dtype: on a GPU, PyTorch joins many tensors of one at once."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        by_dtype.setdefault(parameter.dtype, []).append(parameter.detach().flatten()[:_METER_ELEMENTS])
+    return [torch.cat(first) for first in by_dtype.values()]

@@ -1,4 +1,4 @@
-"""What rules share that step a parameter at a time and round bfloat16 weights stochastically."""
+"""What rules share that round bfloat16 weights stochastically."""
 
 from __future__ import annotations
 
@@ -34,19 +34,31 @@ class RoundedOptimizer(torch.optim.Optimizer):
         """The moments before the first step, on the parameter's device."""
 
     @abstractmethod
-    def step_one(self, parameter: nn.Parameter, gradient: Tensor, lr: float, step: int, offset: int) -> None:
-        """Moves ``parameter`` and its moments; ``step`` counts from 1, random bits are those from ``offset`` on."""
+    def step_all(
+        self,
+        parameters: Sequence[nn.Parameter],
+        gradients: Sequence[Tensor],
+        lr: float,
+        steps: Sequence[int],
+        offsets: Sequence[int],
+    ) -> None:
+        """Moves ``parameters`` and their moments. Of each, the number of its step, which counts from 1, and the
+        position of its first random bits."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         (group,) = self.param_groups
         # Every step and parameter draws from positions of its own.
         total, position = sum(parameter.numel() for parameter in group["params"]), 0
+        parameters, gradients, steps, offsets = [], [], [], []
         for parameter, gradient in zip(group["params"], self.gradients, strict=True):
             if gradient is not None:
                 count = self.state[parameter]["step"]
                 count += 1
-                step = int(count)
-                self.step_one(parameter, gradient, group["lr"], step, (step - 1) * total + position)
+                parameters.append(parameter)
+                gradients.append(gradient)
+                steps.append(int(count))
+                offsets.append((steps[-1] - 1) * total + position)
             position += parameter.numel()
-            point("optimizer")
+        self.step_all(parameters, gradients, group["lr"], steps, offsets)
+        point("optimizer")

@@ -11,13 +11,14 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from leap_kernels import total_norm
 from torch import Tensor, nn
 
 from benchmarks.stochastic_rounding import CHANGES, Change, movement
 from leapalign.config import HOST_OPTIMIZERS, EmaConfig, OptimizerConfig
 from leapalign.inputs.validation import UserError
 from leapalign.optimizers import OPTIMIZERS, get_optimizer
-from leapalign.optimizers.optimizer import Optimizer, total_norm
+from leapalign.optimizers.optimizer import Optimizer
 from leapalign.optimizers.weight_average import WeightAverage, base_share
 
 ROUNDED = ("adamw_8bit", "adafactor")
