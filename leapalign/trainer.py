@@ -27,6 +27,7 @@ from leapalign.methods import Method, get_method
 from leapalign.models import load_model
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity, require_fit, undetached
+from leapalign.optimizers.host_speed import require_speed
 from leapalign.optimizers.optimizer import Optimizer
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.prompts.files import read_prompts
@@ -81,6 +82,7 @@ class Trainer:
         ``embeddings`` are None: without a cache that is long work, for which more may have to be checked.
         """
         method = get_method(**config.method)
+        require_speed(config.memory)
         prompts = read_prompts(Path(resolve(config.prompts.path)))
         rewards = reward_terms(config)
         model = load_model(config.model)

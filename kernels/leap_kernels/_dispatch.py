@@ -42,9 +42,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend `op` would use here, and why, in words."""
+    """Which backend `op` would use here for tensors on `device`, and why, in words; "none" without the device."""
 
     op: str
+    device: str
     backend: str
     reason: str
 
@@ -148,20 +149,21 @@ def choose(op: Op, *tensors: Tensor) -> Backend:
 def explain() -> list[Explanation]:
     """Say for every op which backend it would use on this machine under the current setting, and why.
 
-    The question is put for float32 tensors on the GPU if there is one, else on the CPU.
+    The question is put for float32 tensors, on the CPU and on a GPU: some work is done on the host wherever a model is.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [_explanation(op, device) for device in ("cpu", "cuda") for op in _ops.values()]
+
+
+def _explanation(op: Op, device: str) -> Explanation:
+    if device == "cuda" and not torch.cuda.is_available():
+        return Explanation(op.name, device, "none", "PyTorch finds no GPU here")
     probe = torch.zeros(1, 1, device=device)
-    wanted = _wanted(_setting(), device)
-    return [_explanation(op, wanted, probe) for op in _ops.values()]
-
-
-def _explanation(op: Op, wanted: Backend, probe: Tensor) -> Explanation:
+    wanted = _wanted(_setting(), probe.device)
     reason = op.eligible(wanted, probe)
     if reason is not None:
-        return Explanation(op.name, "reference", reason)
+        return Explanation(op.name, device, "reference", reason)
     described = {"triton": _triton.describe, "native": _native.describe, "reference": _describe_reference}
-    return Explanation(op.name, wanted, f"{described[wanted]()}, for tensors on {probe.device.type}")
+    return Explanation(op.name, device, wanted, described[wanted]())
 
 
 def _describe_reference() -> str:

@@ -15,12 +15,15 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "bitsandbytes", "fla
 
 
 def diagnose() -> dict[str, Any]:
-    """``versions``, ``devices`` and ``kernels`` (op, backend, reason), fit for JSON."""
+    """``versions``, ``devices`` and ``kernels`` (op, device, backend, reason), fit for JSON."""
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
-        "kernels": [{"op": item.op, "backend": item.backend, "reason": item.reason} for item in leap_kernels.explain()],
+        "kernels": [
+            {"op": item.op, "device": item.device, "backend": item.backend, "reason": item.reason}
+            for item in leap_kernels.explain()
+        ],
     }
 
 
@@ -34,11 +37,11 @@ def _version(package: str) -> str | None:
 def explanation(report: dict[str, Any]) -> str:
     """``report`` for a person."""
     versions = [[name, version or "not installed"] for name, version in report["versions"].items()]
-    kernels = [[item["op"], item["backend"], item["reason"]] for item in report["kernels"]]
+    kernels = [[item["op"], item["device"], item["backend"], item["reason"]] for item in report["kernels"]]
     return "\n\n".join(
         (
             f"Python {report['python']}, devices: {', '.join(report['devices'])}",
             text_table(("package", "version"), versions),
-            text_table(("kernel", "backend", "because"), kernels),
+            text_table(("kernel", "for tensors on", "backend", "because"), kernels),
         )
     )

@@ -124,22 +124,28 @@ def test_strict_mode_raises_the_reason_and_otherwise_the_reference_runs(tensors,
 
 def test_explain_covers_every_op_in_words() -> None:
     explanations = explain()
-    assert {e.op for e in explanations} == OPS
+    assert sorted((e.op, e.device) for e in explanations) == sorted((op, at) for op in OPS for at in ("cpu", "cuda"))
     assert all(len(e.reason) > 10 for e in explanations)
     with use_backend("reference"):
-        assert {e.backend for e in explain()} == {"reference"}
+        assert {e.backend for e in explain() if e.device == "cpu"} == {"reference"}
+        gpu = "reference" if torch.cuda.is_available() else "none"
+        assert {e.backend for e in explain() if e.device == "cuda"} == {gpu}
 
 
 @pytest.mark.native
 def test_explain_names_the_instruction_set() -> None:
     with use_backend("native"):
-        (found,) = (e for e in explain() if e.op == "leap_update")
-    assert found.backend == "native" or torch.cuda.is_available()
+        (found,) = (e for e in explain() if e.op == "leap_update" and e.device == "cpu")
+    assert found.backend == "native"
+    assert found.reason == _native.describe()
     assert any(isa in _native.describe() for isa in ("avx512", "avx2", "baseline"))
 
 
 def test_missing_native_library_is_a_reason(no_native_library) -> None:
     assert "was not built" in _native.unavailable()
+    on_cpu = [e for e in explain() if e.device == "cpu"]
+    assert {e.backend for e in on_cpu} == {"reference"}
+    assert all("was not built" in e.reason for e in on_cpu)
     with use_backend("native"):
         assert chosen() == "reference"
         assert torch.equal(leap_update(X, X, 1.0, 0.5)[0], X / 2)

@@ -32,8 +32,8 @@ def list_ops(arguments: argparse.Namespace) -> int:
 
 def explain_ops(arguments: argparse.Namespace) -> int:
     """Print what `leap_kernels.explain` says, of every op or of one."""
-    ops = [{"op": e.op, "backend": e.backend, "reason": e.reason} for e in explain()]
-    _show(arguments, ops, ("op", "backend", "reason"))
+    ops = [{"op": e.op, "device": e.device, "backend": e.backend, "reason": e.reason} for e in explain()]
+    _show(arguments, ops, ("op", "device", "backend", "reason"))
     return 0
 
 
