@@ -276,6 +276,8 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec("total_norm", "sqrt(sum of the squares of all elements of all tensors), in one launch", (_SQUARES,)),
     OpSpec("adaln_modulate", "(x - mean) * rstd * (1 + scale) + shift, mean and rstd of each row"),
     OpSpec("gated_residual", "x + gate * y"),
+    OpSpec("group_norm_silu", "silu((x - mean) * rstd * weight + bias), mean and rstd of each group of channels"),
+    OpSpec("qk_norm_rope", "queries and keys * rsqrt(mean(x^2) + eps) * weight of each head, turned by their position"),
     OpSpec("gelu_tanh", "0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))"),
     OpSpec("swiglu", "gate * sigmoid(gate) * up"),
 )

@@ -1,4 +1,4 @@
-"""Counts what a GPU would be given to do, in a run on the CPU: kernels of Triton and of PyTorch, and reads by the host."""
+"""Counts what a GPU would be given to do, in a run on the CPU: kernels of Triton and PyTorch, and reads by the host."""
 
 from __future__ import annotations
 
