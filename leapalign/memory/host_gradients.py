@@ -9,7 +9,7 @@ import torch
 from leap_kernels import accumulate_
 from torch import Tensor, nn
 
-from leapalign.memory.residency import host_memory, note_traffic
+from leapalign.memory.residency import host_memory, note_host_work, note_traffic
 from leapalign.memory.transfer import ToHost
 
 
@@ -30,6 +30,7 @@ class HostGradients:
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """A `leapalign.surrogate.GradientSink`. Raises what adding an earlier gradient raised."""
         note_traffic("to_host", gradient.nbytes)
+        note_host_work(2 * self._sums[parameter].nbytes + gradient.nbytes)
         self._to_host.send(gradient, partial(accumulate_, self._sums[parameter]))
 
     def wait(self) -> None:
@@ -44,3 +45,4 @@ class HostGradients:
         """Begins anew."""
         for total in self._sums.values():
             total.zero_()
+            note_host_work(total.nbytes)

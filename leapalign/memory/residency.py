@@ -69,10 +69,15 @@ def watched(watch: Callable[[Stage], contextlib.AbstractContextManager[None]]) -
         yield
 
 
-TRAFFIC: Counter[tuple[Stage, Literal["to_device", "to_host"]]] = Counter()
-"""Bytes that went between host and device in each stage."""
+TRAFFIC: Counter[tuple[Stage, Literal["to_device", "to_host", "on_host"]]] = Counter()
+"""Bytes that went between host and device in each stage, or between the host's processor and its memory."""
 
 
 def note_traffic(direction: Literal["to_device", "to_host"], size: int) -> None:
     """Adds ``size`` bytes to the present stage's."""
     TRAFFIC[STAGE.get(), direction] += size
+
+
+def note_host_work(size: int) -> None:
+    """Adds ``size`` bytes, read and written by work on tensors in host memory, to the present stage's."""
+    TRAFFIC[STAGE.get(), "on_host"] += size

@@ -18,7 +18,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.memory.exchange import exchanged
 from leapalign.memory.host_gradients import HostGradients
 from leapalign.memory.host_weights import HostWeights
-from leapalign.memory.residency import host_memory, made_for
+from leapalign.memory.residency import host_memory, made_for, note_host_work
 from leapalign.optimizers import get_optimizer
 from leapalign.optimizers.weight_average import WeightAverage
 from leapalign.streams import AVERAGE_STREAM, ROUNDING_STREAM, seed_of
@@ -103,6 +103,8 @@ class Optimizer:
 
     def _move(self, gradients: list[Tensor | None], norm: float) -> float:
         """Steps weights and average; returns the share of watched weights that changed."""
+        if self._weights is not None:
+            self._note_step(gradients)
         self.rule.gradient_scale = min(1.0, self._max_grad_norm / (norm + 1e-6))
         before = _watched(self._parameters)
         self.rule.gradients = gradients
@@ -110,6 +112,12 @@ class Optimizer:
         changed = [new != old for new, old in zip(_watched(self._parameters), before, strict=True)]
         self.average.update()
         return float(torch.cat(changed).float().mean())
+
+    def _note_step(self, gradients: Sequence[Tensor | None]) -> None:
+        """Of a step in host memory: gradients are read for their norm and by the step, weights and moments change."""
+        note_host_work(2 * sum(gradient.nbytes for gradient in gradients if gradient is not None))
+        moments = [value for state in self.rule.state.values() for value in state.values()]
+        note_host_work(2 * sum(tensor.nbytes for tensor in (*self._parameters, *moments)))
 
     def _first_not_finite(self, tensors: Sequence[Tensor | None]) -> int | None:
         """None where each tensor is finite, and only the sum of their squares is not."""

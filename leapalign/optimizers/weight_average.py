@@ -11,7 +11,7 @@ from leap_kernels import ema_update_, stochastic_round_
 from torch import Tensor, nn
 
 from leapalign.config import EmaConfig
-from leapalign.memory.residency import host_memory
+from leapalign.memory.residency import host_memory, note_host_work
 from leapalign.memory.transfer import ToHost
 from leapalign.storage.faults import point
 
@@ -67,6 +67,9 @@ class WeightAverage:
         position = (self.updates - 1) * sum(average.numel() for average in self.tensors)
         for average, parameter in zip(self.tensors, self._parameters, strict=True):
             move = partial(self._move, average, decay, position)
+            # Of another dtype than float32 it is widened, moved and rounded, which is three passes.
+            wide = 0 if average.dtype == torch.float32 else 4 * 4 * average.numel()
+            note_host_work(2 * average.nbytes + parameter.nbytes + wide)
             if self._to_host is None:
                 move(parameter.detach())
             else:

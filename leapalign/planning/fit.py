@@ -10,7 +10,7 @@ from leapalign.config import Config
 from leapalign.inputs.validation import UserError
 from leapalign.memory.residency import Role, Stage
 from leapalign.planning.ledger import Peak
-from leapalign.planning.simulate import GPUS, Simulation, gib, step_seconds
+from leapalign.planning.simulate import GPUS, HOST_BANDWIDTH, Simulation, gib, step_seconds
 from leapalign.reports.pages import text_table
 
 _WAYS = ("to_device", "to_host")
@@ -94,9 +94,10 @@ def explanation(found: Simulation, probe: Peak, gpu_memory: int, config: Config)
         "",
         text_table(("stage", "GiB", "host, GiB", "of the device's, at that moment"), rows),
         "",
-        "Seconds an iteration, computed from FLOPs and bytes at a GPU's full rates, not measured:",
+        "Seconds an iteration, computed from FLOPs and bytes at a GPU's full rates, and of the host's work from bytes "
+        f"at {HOST_BANDWIDTH / 1e9:.0f} GB/s, not measured:",
         "",
-        text_table(("GPU", "stage", "compute", "transfer", "transfer / compute"), _seconds(found)),
+        text_table(("GPU", "stage", "compute", "transfer", "host", "transfer / compute"), _seconds(found)),
     ]
     change = advice(found, gpu_memory, config)
     return "\n".join([*lines, *(["", f"To fit: {change}."] if change else [])])
@@ -108,5 +109,5 @@ def _seconds(found: Simulation) -> list[list[str]]:
         for name, seconds in step_seconds(found, gpu).items():
             compute, transfer = seconds["compute"], seconds["transfer"]
             ratio = f"{transfer / compute:.2f}" if compute and transfer else ""
-            rows.append([gpu, name, f"{compute:.1f}", f"{transfer:.1f}", ratio])
+            rows.append([gpu, name, f"{compute:.1f}", f"{transfer:.1f}", f"{seconds['host']:.1f}", ratio])
     return rows

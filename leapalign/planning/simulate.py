@@ -40,6 +40,8 @@ BETWEEN: tuple[Stage, ...] = ("sampling", "watch", "saving")
 
 GPUS = {"RTX 4090": (150e12, 25e9), "H100": (989e12, 50e9)}
 """Dense bfloat16 FLOP/s and bytes/s each way between host and device, to compute times with."""
+HOST_BANDWIDTH = 100e9
+"""Bytes/s between the host's processor and its memory: an assumption, half of what eight channels of DDR4 give."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,12 +212,14 @@ def _count_frozen(ledger: StorageLedger, parts: Skeleton) -> None:
 
 
 def step_seconds(found: Simulation, gpu: str) -> dict[Stage, dict[str, float]]:
-    """Seconds that each stage would compute, and move bytes, on a GPU used to its full rate: computed, not measured."""
+    """Seconds that each stage would compute, and move bytes, on a GPU used to its full rate, and that the host would
+    work at `HOST_BANDWIDTH`: computed, not measured."""
     rate, bandwidth = GPUS[gpu]
     return {
         name: {
             "compute": found.flops[name] / rate,
             "transfer": max(found.traffic.get((name, way), 0.0) for way in ("to_device", "to_host")) / bandwidth,
+            "host": found.traffic.get((name, "on_host"), 0.0) / HOST_BANDWIDTH,
         }
         for name in ITERATION
     }

@@ -50,7 +50,7 @@ def test_keys_say_type_and_default() -> None:
     found = {key.name: key for key in groups_of_every_config()}
     assert found["train.batch_size"].kind == "integer from 1 to 65536"
     assert found["train.batch_size"].default == "32"
-    assert found["optimizer.name"].kind == "adamw | adamw_8bit | adafactor"
+    assert found["optimizer.name"].kind == "adamw | adamw_8bit | adafactor | bnb_adamw_8bit | bnb_paged_adamw_8bit"
     assert (found["prompts.cache"].kind, found["prompts.cache"].default) == ("text or null", "null")
     assert found["method"].default == '{"name": "leapalign"}'
     assert {key.name for key in keys(generated()) if key.default is None} == {

@@ -67,6 +67,7 @@ PARSED_ONLY = {
     "python benchmarks/guidance_gradient.py": "minutes",
     "python benchmarks/gradient_accumulation.py": "a minute",
     "python benchmarks/host_adamw.py": "needs what a C++ compiler builds",
+    "python benchmarks/without_native.py": "so does this",
 }
 FILES = {
     "prompts.txt": "a red circle\ntwo crosses\n",
@@ -186,6 +187,8 @@ def outcomes(python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Com
         (folder / name).write_text(text)
     for name in ("benchmarks", "docs"):
         shutil.copytree(ROOT / name, folder / name)
+    (folder / "kernels").mkdir()
+    shutil.copy(ROOT / "kernels" / "README.md", folder / "kernels")
     for path in (ROOT / "configs").rglob("*.yaml"):
         copy = folder / "configs" / path.relative_to(ROOT / "configs")
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -145,7 +145,8 @@ def test_missing_native_library_is_a_reason(no_native_library) -> None:
     assert "was not built" in _native.unavailable()
     on_cpu = [e for e in explain() if e.device == "cpu"]
     assert {e.backend for e in on_cpu} == {"reference"}
-    assert all("was not built" in e.reason for e in on_cpu)
+    # Of the norm PyTorch's own is native.
+    assert all("was not built" in e.reason for e in on_cpu if e.op != "total_norm")
     with use_backend("native"):
         assert chosen() == "reference"
         assert torch.equal(leap_update(X, X, 1.0, 0.5)[0], X / 2)

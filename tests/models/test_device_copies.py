@@ -35,7 +35,7 @@ EACH_FORWARD = "transformer_qwenimage.py:compute_text_seq_len_from_mask"
 """Of a prompt's length diffusers makes a tensor that it does not use, where prompts are padded."""
 PER_ROLLOUT = 3
 PER_ITERATION = {"flux": 32, "flux2_klein": 31, "stable_diffusion_3": 33, "qwen_image": 32, "z_image": 32}
-"""Of which the rollout, the surrogate and the families have 8 to 10; metrics, method and reward have the others."""
+"""Of which the rollout, the surrogate and the families have 7 to 9; metrics, method and reward have the others."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

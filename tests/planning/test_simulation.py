@@ -16,7 +16,7 @@ from leapalign import cli
 from leapalign.inputs.validation import UserError
 from leapalign.planning.fit import parse_size
 from leapalign.planning.ledger import StorageLedger
-from leapalign.planning.simulate import BETWEEN, ITERATION, simulate
+from leapalign.planning.simulate import BETWEEN, ITERATION, simulate, step_seconds
 
 FACTORS = "optimizer.name=adafactor"
 MOMENTS = "optimizer.name=adamw"
@@ -88,9 +88,25 @@ def test_host_memory_holds_what_leaves_the_device(parts: Path, tmp_path: Path) -
     held = host.host["optimizer"].by_role
     assert held["weights"] == size
     assert size < held["gradients"] < 1.5 * size, "the sums, and what gradients pass through"
-    assert plain.traffic == {}
+    assert {way for _, way in plain.traffic} == {"on_host"}, "the average"
     assert host.traffic["surrogate", "to_host"] > 0
     assert streamed.traffic["rollout", "to_device"] > host.traffic.get(("rollout", "to_device"), 0)
+
+
+@pytest.mark.parametrize("ema", ["float32", "bfloat16"])
+def test_the_hosts_work_is_counted_by_hand(parts: Path, tmp_path: Path, ema: str) -> None:
+    """Bytes a weight in float32. Of two rollouts each micro-batch adds to the sums once."""
+    asked = (BYTES, HOST, f"ema.dtype={ema}", "train.batch_size=8", "train.microbatch=2")
+    found = simulate(config_of(parts, tmp_path, *asked))
+    count = found.trainable_parameters
+    backward_passes = 2 * 2 * 2  # rollouts, micro-batches of each, leaps
+    assert found.traffic["surrogate", "on_host"] == pytest.approx(backward_passes * 12 * count, rel=0.01)
+    average = 2 * 4 + 4 if ema == "float32" else 2 * 2 + 4 + 16
+    step = 2 * 4 + 2 * (4 + 2) + 4  # gradients twice, weights and moments both ways, the sums cleared
+    assert found.traffic["optimizer", "on_host"] == pytest.approx((step + average) * count, rel=0.02)
+    assert step_seconds(found, "H100")["optimizer"]["host"] == found.traffic["optimizer", "on_host"] / 100e9
+    plain = simulate(config_of(parts, tmp_path, BYTES, f"ema.dtype={ema}"))
+    assert plain.traffic == {("optimizer", "on_host"): pytest.approx(average * count, rel=0.01)}
 
 
 def test_command_says_what_fits_and_what_to_change(

@@ -77,6 +77,9 @@ def test_the_average_is_saved_as_the_model_that_holds_it(
         save_weights(transformer, tmp_path / "held")
     own, average = weights(trainer), optimizer.average.tensors
     there = [*transformer.state_dict().values(), *average, *optimizer.tensors().values()]
+    if optimizer._weights is not None:
+        there += [group.master for group in (optimizer._weights._rest, *optimizer._weights._blocks)]
+        there += [buffer.memory for buffer in (optimizer._weights._rest.buffer, *optimizer._weights._ring)]
     with StorageLedger() as ledger:
         ledger.exclude(*there)
         save_checkpoint(tmp_path, 4, transformer, optimizer, keep=1)
