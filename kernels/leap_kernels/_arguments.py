@@ -59,6 +59,12 @@ def check_writable(op: str, to_name: str, to: Tensor, source_name: str, source: 
         raise ValueError(f"{op} cannot write to an expanded {to_name}: its elements share memory.")
 
 
+def put_back(whole: Tensor, to: Tensor) -> None:
+    """Copy to a tensor what was computed in place in `to.contiguous()`, unless that is the tensor itself."""
+    if whole.data_ptr() != to.data_ptr():
+        to.copy_(whole)
+
+
 def check_draws(op: str, seed: int, offset: int, count: int) -> None:
     """Check that `count` elements, from position `offset` on, have random bits under `seed`.
 

@@ -151,14 +151,18 @@ def explain() -> list[Explanation]:
 
     The question is put for float32 tensors, on the CPU and on a GPU: some work is done on the host wherever a model is.
     """
-    return [_explanation(op, device) for device in ("cpu", "cuda") for op in _ops.values()]
+    return [*_explanations("cpu"), *_explanations("cuda")]
 
 
-def _explanation(op: Op, device: str) -> Explanation:
+def _explanations(device: str) -> list[Explanation]:
     if device == "cuda" and not torch.cuda.is_available():
-        return Explanation(op.name, device, "none", "PyTorch finds no GPU here")
+        return [Explanation(op.name, device, "none", "PyTorch finds no GPU here") for op in _ops.values()]
     probe = torch.zeros(1, 1, device=device)
     wanted = _wanted(_setting(), probe.device)
+    return [_explanation(op, device, wanted, probe) for op in _ops.values()]
+
+
+def _explanation(op: Op, device: str, wanted: Backend, probe: Tensor) -> Explanation:
     reason = op.eligible(wanted, probe)
     if reason is not None:
         return Explanation(op.name, device, "reference", reason)

@@ -44,7 +44,6 @@ def define(
         unit: what can be computed by itself, of tensors that are spread over processes.
     """
     op = _defined(signature, run, fake)
-
     name = signature.partition("(")[0]
 
     def compute(*arguments: Any) -> Any:

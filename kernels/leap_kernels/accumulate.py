@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._arguments import FLOATS, check_writable, compute_dtype
+from ._arguments import FLOATS, check_writable, compute_dtype, put_back
 from ._dispatch import choose, register, unsupported
 from ._library import define_in_place
 from ._triton import jit, tl, triton
@@ -66,8 +66,7 @@ def _run(total: Tensor, value: Tensor) -> None:
         return
     whole = total.contiguous()
     _ADD[choose(_OP, total, value)](whole, value.contiguous())
-    if whole.data_ptr() != total.data_ptr():
-        total.copy_(whole)
+    put_back(whole, total)
 
 
 _add = define_in_place("accumulate_(Tensor(a!) total, Tensor value) -> ()", _run, unit="element")

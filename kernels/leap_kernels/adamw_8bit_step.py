@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _native
 from ._adamw_8bit import GROUPS, WARPS, Factors, check_numbers, check_tensors, factors_of, step_block
-from ._arguments import check_draws
+from ._arguments import check_draws, put_back
 from ._dispatch import choose, register, unsupported
 from ._library import define_in_place
 from ._moments import (
@@ -154,8 +154,7 @@ def _run(
     take = _STEP[choose(_OP, parameter, gradient, *state.tensors())]
     # The schema's integers are signed: the upper half of the seeds came as negative numbers.
     take(whole, gradient.contiguous(), state, factors, seed % (1 << 64), offset)
-    if whole.data_ptr() != parameter.data_ptr():
-        parameter.copy_(whole)
+    put_back(whole, parameter)
 
 
 _step = define_in_place(

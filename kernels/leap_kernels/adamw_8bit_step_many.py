@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._adamw_8bit import GROUPS, WARPS, Factors, check_numbers, check_tensors, factors_of, step_block
-from ._arguments import check_draws
+from ._arguments import check_draws, put_back
 from ._dispatch import choose, register, unsupported
 from ._library import define_in_place
 from ._many import ADDRESSES, Table, address, aligned, grouped, own_row, table
@@ -175,9 +175,7 @@ def _run(
     stepped = iter(jobs)
     for parameter in parameters:
         if parameter.numel():
-            whole = next(stepped).parameter
-            if whole.data_ptr() != parameter.data_ptr():
-                parameter.copy_(whole)
+            put_back(next(stepped).parameter, parameter)
 
 
 _step = define_in_place(

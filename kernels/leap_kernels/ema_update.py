@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._arguments import FLOATS, check_writable, compute_dtype
+from ._arguments import FLOATS, check_writable, compute_dtype, put_back
 from ._dispatch import choose, register, unsupported
 from ._library import define_in_place
 from ._triton import jit_for_any, tl, triton
@@ -68,8 +68,7 @@ def _run(average: Tensor, weights: Tensor, decay: float) -> None:
         return
     whole = average.contiguous()
     _UPDATE[choose(_OP, average, weights)](whole, weights.contiguous(), 1 - decay)
-    if whole.data_ptr() != average.data_ptr():
-        average.copy_(whole)
+    put_back(whole, average)
 
 
 _update = define_in_place("ema_update_(Tensor(a!) average, Tensor weights, float decay) -> ()", _run, unit="element")

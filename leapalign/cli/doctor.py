@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from typing import Any
@@ -20,10 +21,7 @@ def diagnose() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
-        "kernels": [
-            {"op": item.op, "device": item.device, "backend": item.backend, "reason": item.reason}
-            for item in leap_kernels.explain()
-        ],
+        "kernels": [dataclasses.asdict(item) for item in leap_kernels.explain()],
     }
 
 

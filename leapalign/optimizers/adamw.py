@@ -28,9 +28,14 @@ class AdamW(torch.optim.AdamW):
             self.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if self.gradient_scale != 1:
-            torch._foreach_mul_([gradient for gradient in self.gradients if gradient is not None], self.gradient_scale)
+        scale(self.gradients, self.gradient_scale)
         super().step(closure)
+
+
+def scale(gradients: Sequence[Tensor | None], factor: float) -> None:
+    """Multiplies ``gradients`` in place."""
+    if factor != 1:
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
 
 
 def refuse_rounding_to_nearest(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from leapalign.config import OptimizerConfig
 from leapalign.inputs.validation import UserError
-from leapalign.optimizers.adamw import refuse_rounding_to_nearest
+from leapalign.optimizers.adamw import refuse_rounding_to_nearest, scale
 
 
 def resident(parameters: Sequence[nn.Parameter], config: OptimizerConfig, seed: int) -> Any:
@@ -59,8 +59,7 @@ def _rule(parameters: Sequence[nn.Parameter], config: OptimizerConfig, paged: bo
                 } | {"step": torch.tensor(0)}
 
         def step(self, closure: Any = None) -> None:
-            if self.gradient_scale != 1:
-                torch._foreach_mul_([g for g in self.gradients if g is not None], self.gradient_scale)
+            scale(self.gradients, self.gradient_scale)
             super().step(closure)
 
         def update_step(self, group: Any, p: nn.Parameter, gindex: int, pindex: int) -> None:

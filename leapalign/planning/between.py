@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from leapalign.config import Config
 from leapalign.memory.residency import host_memory, stage
 from leapalign.planning.ledger import StorageLedger
 from leapalign.reward_gradient import RewardFn
-from leapalign.rewards import reward_terms, simulated_reward
 from leapalign.trainer import Trainer
 from leapalign.watch.watch import Watch
 
 _SHARD = 10 * 10**9
 """Bytes of weights in one file, at most: diffusers' default."""
-
-
-def watch_rewards(config: Config) -> dict[str, RewardFn]:
-    """``watch.rewards`` by name, of the sizes that they name, weights at random; none without a watch."""
-    if not config.watch.every or not config.watch.rewards:
-        return {}
-    terms = reward_terms(dataclasses.replace(config, reward=list(config.watch.rewards)), simulated_reward)
-    return {term.name: term.reward for term in terms}
 
 
 def between_iterations(trainer: Trainer, ledger: StorageLedger, rewards: Mapping[str, RewardFn]) -> None:

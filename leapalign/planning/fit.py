@@ -82,11 +82,8 @@ def change(name: Stage, by_role: Mapping[Role, int], config: Config) -> str:
 
 def explanation(found: Simulation, probe: Peak, gpu_memory: int, config: Config) -> str:
     """The same for a reader."""
-    rows = []
-    for name, peak in [*found.device.items(), ("leapalign probe", probe)]:
-        parts = ", ".join(f"{role} {gib(size)}" for role, size in sorted(peak.by_role.items(), key=lambda e: -e[1]))
-        host = found.host.get(name) if name in found.host else None
-        rows.append((name, f"{gib(peak.total)}", f"{gib(host.total)}" if host else "", parts))
+    rows = [_row(name, peak, found.host.get(name)) for name, peak in found.device.items()]
+    rows.append(_row("leapalign probe", probe, None))
     fits = "fits" if found.device_peak <= gpu_memory else "does not fit"
     lines = [
         f"{found.trainable_parameters:,} trainable parameters; device peak {gib(found.device_peak)} GiB {fits} "
@@ -101,6 +98,11 @@ def explanation(found: Simulation, probe: Peak, gpu_memory: int, config: Config)
     ]
     change = advice(found, gpu_memory, config)
     return "\n".join([*lines, *(["", f"To fit: {change}."] if change else [])])
+
+
+def _row(name: str, device: Peak, host: Peak | None) -> tuple[str, ...]:
+    parts = ", ".join(f"{role} {gib(size)}" for role, size in sorted(device.by_role.items(), key=lambda e: -e[1]))
+    return name, f"{gib(device.total)}", f"{gib(host.total)}" if host else "", parts
 
 
 def _seconds(found: Simulation) -> list[list[str]]:

@@ -28,12 +28,14 @@ from leapalign.memory.repetition import run_by
 from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for, watched
 from leapalign.method_gradient import Objective
 from leapalign.models.velocity import GuidedEmbeddings
-from leapalign.planning.between import between_iterations, count_watch_rewards, watch_rewards
+from leapalign.planning.between import between_iterations, count_watch_rewards
 from leapalign.planning.ledger import Peak, StorageLedger
 from leapalign.planning.model_skeleton import Skeleton, skeleton, skeleton_trainer
 from leapalign.probe.climb import ascent
 from leapalign.reports.progress import progress
+from leapalign.rewards import simulated_reward
 from leapalign.trainer import Trainer
+from leapalign.watch.watch import held_out_rewards
 
 ITERATION: tuple[Stage, ...] = ("rollout", "reward", "surrogate", "optimizer")
 BETWEEN: tuple[Stage, ...] = ("sampling", "watch", "saving")
@@ -138,9 +140,10 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
         parts = skeleton(config, mode)
         _count_parts(ledger, parts)
         with mode:
-            held_out = watch_rewards(config)
+            held_out = held_out_rewards(config, simulated_reward) if config.watch.every else {}
         count_watch_rewards(ledger, held_out, host=True)
         trainer = skeleton_trainer(config, parts, torch.device("cpu"))
+        # By itself: what is repeated counts for the stage that it ran in first, which is not the iteration's.
         with run_by(_Replay(mode, ledger)):
             between_iterations(trainer, ledger, held_out)
         parameters = [p for p in trainer.model.transformer.parameters() if p.requires_grad]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -22,7 +22,7 @@ from leapalign.memory.residency import host_memory
 from leapalign.models.protocol import FlowModel
 from leapalign.prompts.files import read_prompts
 from leapalign.reward_gradient import RewardFn, RewardTerm, scores_of
-from leapalign.rewards import reward_terms
+from leapalign.rewards import get_reward, reward_terms
 from leapalign.storage.embedded import resolve
 from leapalign.storage.faults import point
 from leapalign.watch import image_statistics as statistics
@@ -36,11 +36,11 @@ SEED = 3_000_000
 _log = logging.getLogger("leapalign")
 
 
-def held_out_rewards(config: Config) -> dict[str, RewardFn]:
-    """``watch.rewards`` by name, loaded; empty without any. Raises UserError where one cannot be."""
+def held_out_rewards(config: Config, make: Callable[..., RewardFn] = get_reward) -> dict[str, RewardFn]:
+    """``watch.rewards`` by name, made by ``make(name, **options)``; empty without any. Raises UserError as it."""
     if not config.watch.rewards:
         return {}
-    terms = reward_terms(dataclasses.replace(config, reward=list(config.watch.rewards)))
+    terms = reward_terms(dataclasses.replace(config, reward=list(config.watch.rewards)), make)
     return {term.name: term.reward for term in terms}
 
 

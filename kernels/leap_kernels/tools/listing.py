@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 from .._catalog import OPS
@@ -32,7 +33,7 @@ def list_ops(arguments: argparse.Namespace) -> int:
 
 def explain_ops(arguments: argparse.Namespace) -> int:
     """Print what `leap_kernels.explain` says, of every op or of one."""
-    ops = [{"op": e.op, "device": e.device, "backend": e.backend, "reason": e.reason} for e in explain()]
+    ops = [asdict(explanation) for explanation in explain()]
     _show(arguments, ops, ("op", "device", "backend", "reason"))
     return 0
 
