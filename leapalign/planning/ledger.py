@@ -62,17 +62,17 @@ class StorageLedger(TorchDispatchMode):
         return max((peak.total for peak in self.device.peaks.values()), default=0)
 
     def exclude(self, *tensors: Tensor) -> None:
-        """Storages that were there before: operations may return views of them."""
+        """Storages that are not counted, or no more: operations may return views of them."""
         for tensor in tensors:
-            self._enter(tensor.untyped_storage(), 0, self.device, ROLE.get())
+            storage = tensor.untyped_storage()
+            self._leave(storage)
+            self._enter(storage, 0, self.device, ROLE.get())
 
     def count(self, *tensors: Tensor, role: Role, host: bool = False) -> None:
         """Counts tensors as ``role``, whatever they were counted as."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            known = self._known.pop(storage._cdata, None)
-            if known is not None:
-                self._add(known.side, known.role, -known.size)
+            self._leave(storage)
             self._enter(storage, storage.nbytes(), self.host if host else self.device, role)
 
     def peak_of(self, run: Callable[[], Any]) -> tuple[Any, dict[Role, int]]:
@@ -113,6 +113,11 @@ class StorageLedger(TorchDispatchMode):
         address = storage._cdata
         self._known[address] = _Known(weakref.ref(storage, self._forget(address)), size, side, role)
         self._add(side, role, size)
+
+    def _leave(self, storage: torch.UntypedStorage) -> None:
+        known = self._known.pop(storage._cdata, None)
+        if known is not None:
+            self._add(known.side, known.role, -known.size)
 
     def _forget(self, address: int) -> Callable[[Any], None]:
         def forget(gone: Any) -> None:
