@@ -66,6 +66,7 @@ def measured(profile: str) -> dict[str, Any]:
         "height": config.model.height,
         "trainable_parameters": found.trainable_parameters,
         "device_peak_bytes": found.device_peak,
+        "device_reserved_bytes": found.reserved,
         "host_peak_bytes": found.host_peak,
         "transfer_per_compute": {
             name: seconds[name]["transfer"] / seconds[name]["compute"] for name in ("rollout", "surrogate")

@@ -73,6 +73,7 @@ RESUMED: dict[str, str] = {
     "memory.checkpointing": MAY_CHANGE,
     "memory.checkpoint_every": MAY_CHANGE,
     "memory.checkpoint_decoder": MAY_CHANGE,
+    "memory.rewards": MAY_CHANGE,
     "memory.attention": MAY_CHANGE,
     "diagnostics.true_gradient_every": MAY_CHANGE,
     "checkpoint.every": MAY_CHANGE,

@@ -168,6 +168,8 @@ class MemoryConfig:
     """Of the blocks, every so many-th is recomputed."""
     checkpoint_decoder: bool = False
     """Recompute the VAE decoder's blocks, too."""
+    rewards: Literal["resident", "host"] = "resident"
+    """Weights of the rewards on the device; or in host memory, from where they come while they score."""
     attention: Literal["auto", "native", "flash", "_flash_3", "xformers"] = "auto"
     """Attention kernel, by diffusers' names; auto: the fastest that works here."""
 

@@ -67,6 +67,7 @@ SHOWN = {
     "memory.stream_buffers": "2",
     "memory.checkpointing": "blocks",
     "memory.checkpoint_decoder": "true",
+    "memory.rewards": "host",
     "memory.attention": "native",
     "checkpoint.every": "1",
     "checkpoint.keep": "1",
