@@ -39,7 +39,7 @@ class _Pool:
 
     def __init__(self, small: bool, expandable: bool) -> None:
         self.reserved = 0
-        self._page, self._small, self._expandable = _PAGES[small], small, expandable
+        self._page, self._expandable = _PAGES[small], expandable
         self._blocks: dict[int, _Block] = {}
         self._free: list[tuple[int, int]] = []
         """Sizes and addresses, smallest first."""
@@ -55,8 +55,7 @@ class _Pool:
         self._drop_free(address)
         block = self._blocks[address]
         block.free = False
-        left = block.size - size
-        if left >= _ROUND if self._small or self._expandable else left > _SMALL:
+        if block.size > size:
             self._split(address, size)
         return address
 
