@@ -20,6 +20,7 @@ own_place.leave_the_callers()
 import hypothesis
 import pytest
 import torch
+from installed import wheel_of
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
@@ -171,3 +172,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     make_parts(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of leapalign, built without a C++ compiler, as it may be, and sooner done."""
+    return wheel_of(Path(__file__).parents[1], tmp_path_factory.mktemp("wheel"), compiler=None)

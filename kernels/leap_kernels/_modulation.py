@@ -11,6 +11,19 @@ from torch import Tensor
 
 from ._arguments import FLOATS
 
+STRIP = 4
+"""Rows of a program that sums nothing over rows."""
+SUMMED_STRIP = 64
+"""Most rows of a program that does: what it writes to be added later is then little beside what it reads."""
+_FEWEST_ROWS = 16
+_PROGRAMS = 256
+"""Enough to keep a GPU busy."""
+
+
+def summed_strip(batch: int, rows: int, programs_of_strip: int = 1) -> int:
+    """Return the rows of a program that sums over rows: fewer of a small tensor, whose programs would be too few."""
+    return SUMMED_STRIP if batch * rows * programs_of_strip >= SUMMED_STRIP * _PROGRAMS else _FEWEST_ROWS
+
 
 def check_rows(op: str, x: Tensor, other_name: str = "", other: Tensor | None = None) -> None:
     """Check that `x` is (B, ..., C) with at least one element, and that `other`, if given, is like it.

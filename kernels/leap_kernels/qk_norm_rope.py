@@ -87,7 +87,9 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
     forward = _FORWARD[choose(_OP, *(a for a in arguments if isinstance(a, Tensor)))]
     outputs, rotation = _fake(*arguments), Rotation(*arguments[8:])
     for run in _runs(arguments):
-        forward(run.x, run.weight, rotation.part(run.first, run.end), outputs[run.output][:, run.first : run.end])
+        out = outputs[run.output]
+        part = out if run.x.shape[1] == out.shape[1] else out[:, run.first : run.end]
+        forward(run.x, run.weight, rotation.part(run.first, run.end), part)
     return outputs
 
 

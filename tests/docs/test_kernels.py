@@ -14,7 +14,6 @@ from leap_kernels._catalog import OPS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "kernels" / "README.md"
-OF_BLOCKS = {"adaln_modulate", "gated_residual", "gelu_tanh", "group_norm_silu", "qk_norm_rope", "swiglu"}
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
 
 
@@ -63,9 +62,9 @@ def test_results_cover_the_catalog() -> None:
     rooflines = [line["roofline"] for line in audited if line["roofline"]]
     assert {roofline["status"] for roofline in rooflines} == {"computed, not measured"}
     measured = [json.loads(line) for line in (results / "bench.jsonl").read_text().splitlines()]
-    # Steps are measured beside bitsandbytes, by benchmarks/host_adamw.py; those of transformer blocks are not yet.
+    # Steps are measured beside bitsandbytes, by benchmarks/host_adamw.py.
     elsewhere = {"adamw_8bit_step_", "adamw_8bit_step_many_", "total_norm"}
-    assert {line["op"] for line in measured} == {op.name for op in OPS} - elsewhere - OF_BLOCKS
+    assert {line["op"] for line in measured} == {op.name for op in OPS} - elsewhere
 
 
 def test_figures_of_the_eight_bit_step_come_from_its_results() -> None:
