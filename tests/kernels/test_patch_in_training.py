@@ -1,0 +1,128 @@
+"""Patched models beside what training does to a model: adapters, recomputing, streaming, compiling, copying."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from leap_kernels import patch
+from patch_cases import CASES, PatchCase, all_in_double, difference
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from leapalign.memory.checkpointing import checkpoint_blocks
+from leapalign.memory.host_weights import HostWeights
+
+__all__ = ["all_in_double"]
+
+families = pytest.mark.parametrize("family", CASES)
+pytestmark = pytest.mark.usefixtures("all_in_double")
+
+
+def unpatched(case: PatchCase) -> dict[str, Tensor]:
+    return case.run(case.model())
+
+
+def patched(case: PatchCase) -> Any:
+    model = case.model()
+    patch(model)
+    return model
+
+
+def with_adapters(model: nn.Module) -> nn.Module:
+    """Beside every linear layer, those that modulate included, and not as if they were not there."""
+    model.requires_grad_(False)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=names), model)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@families
+def test_adapters_before_and_after(family: str) -> None:
+    case = CASES[family]
+    expected = case.run(with_adapters(case.model()))
+    before, after = with_adapters(case.model()), with_adapters(patched(case))
+    assert patch(before).replaced == case.ops
+    for model in (before, after):
+        found = case.run(model)
+        assert sum("lora" in name for name in found) > 10
+        assert max(difference(found, expected).values()) < 1e-10
+
+
+@families
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_recomputing(family: str, keep_attention: bool) -> None:
+    case = CASES[family]
+    model = patched(case)
+    checkpoint_blocks(model, keep_attention)
+    assert max(difference(case.run(model), unpatched(case)).values()) < 1e-10
+
+
+@families
+def test_weights_that_stream(family: str) -> None:
+    case = CASES[family]
+    model = patched(case)
+    checkpoint_blocks(model)
+    HostWeights(model, torch.device("cpu"), buffers=2)
+    assert max(difference(case.run(model), unpatched(case)).values()) < 1e-10
+
+
+@families
+def test_compiled_blocks(family: str) -> None:
+    """Each kind of block in one graph, forwards and backwards; the compiler's own code would take minutes."""
+    case = CASES[family]
+    expected, model = unpatched(case), patched(case)
+    torch._dynamo.reset()
+    for module in model.modules():
+        if type(module).__name__ in model._repeated_blocks:
+            module.compile(backend="aot_eager", fullgraph=True)
+    assert max(difference(case.run(model), expected).values()) < 1e-10
+
+
+@families
+def test_tensors_without_memory(family: str) -> None:
+    case = CASES[family]
+    expected = unpatched(case)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = case.build()
+        patch(model)
+        found = case.run(model, torch.float32)
+    assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in expected.items()}
+
+
+@families
+def test_copies_are_patched_and_have_their_own_weights(family: str) -> None:
+    case = CASES[family]
+    expected, model = unpatched(case), patched(case)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert set(patch(copied).left) == set(case.ops)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert max(difference(case.run(copied), expected).values()) < 1e-10
+        model.load_state_dict(copied.state_dict())
+
+
+def test_memory_is_freed_with_the_last_reference() -> None:
+    model = patched(CASES["flux"])
+    block = weakref.ref(model.transformer_blocks[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert block() is None
+    finally:
+        gc.enable()
