@@ -16,12 +16,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leapalign.memory.checkpointing import checkpoint_blocks
+from leapalign.memory.checkpointing import checkpoint_blocks, checkpoint_resnets
 from leapalign.memory.host_weights import HostWeights
 
 __all__ = ["all_in_double"]
 
 families = pytest.mark.parametrize("family", CASES)
+transformers = pytest.mark.parametrize("family", CASES.keys() - {"autoencoder"})
 pytestmark = pytest.mark.usefixtures("all_in_double")
 
 
@@ -47,7 +48,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-@families
+@transformers
 def test_adapters_before_and_after(family: str) -> None:
     case = CASES[family]
     expected = case.run(with_adapters(case.model()))
@@ -59,7 +60,7 @@ def test_adapters_before_and_after(family: str) -> None:
         assert max(difference(found, expected).values()) < 1e-10
 
 
-@families
+@transformers
 @pytest.mark.parametrize("keep_attention", [False, True])
 def test_recomputing(family: str, keep_attention: bool) -> None:
     case = CASES[family]
@@ -68,7 +69,18 @@ def test_recomputing(family: str, keep_attention: bool) -> None:
     assert max(difference(case.run(model), unpatched(case)).values()) < 1e-10
 
 
-@families
+@pytest.mark.parametrize("of_diffusers", [False, True])
+def test_recomputing_in_the_autoencoder(of_diffusers: bool) -> None:
+    case = CASES["autoencoder"]
+    model = patched(case)
+    if of_diffusers:
+        model.enable_gradient_checkpointing()
+    else:
+        checkpoint_resnets(model)
+    assert max(difference(case.run(model), unpatched(case)).values()) < 1e-10
+
+
+@transformers
 def test_weights_that_stream(family: str) -> None:
     case = CASES[family]
     model = patched(case)
@@ -77,7 +89,7 @@ def test_weights_that_stream(family: str) -> None:
     assert max(difference(case.run(model), unpatched(case)).values()) < 1e-10
 
 
-@families
+@transformers
 def test_compiled_blocks(family: str) -> None:
     """Each kind of block in one graph, forwards and backwards; the compiler's own code would take minutes."""
     case = CASES[family]
