@@ -35,7 +35,7 @@ class Attend(NamedTuple):
             return False
         return all(type(norm) is self.norm and bare(norm) for norm in _norms(module))
 
-    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Return the attention (B, S, H D) of queries, keys and values (B, S, H, D)."""
         assert self.dispatch is not None
         processor = module.processor
@@ -83,28 +83,53 @@ def unless_normed(module: Any) -> str | None:
 
 
 def normed_and_turned(
-    module: Any, query: Tensor, key: Tensor, before: list[Tensor] | None, rotary: tuple[Tensor, Tensor] | None
+    module: Any, query: Tensor, key: Tensor, before: list[Tensor] | None, tables: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Norm queries and keys, behind those of a text `before`, if any, and turn them by diffusers' tables (S, D)."""
-    cos, sin = (None, None) if rotary is None else halved(rotary, query.device)
+    """Norm queries and keys, behind those of a text `before`, if any, and turn them by tables of `halved`."""
+    cos, sin = (None, None) if tables is None else tables
     weights = module.norm_q.weight, module.norm_k.weight
     first = None if before is None else QK(before[0], before[1], module.norm_added_q.weight, module.norm_added_k.weight)
     return qk_norm_rope(query, key, *weights, cos, sin, module.norm_q.eps, before=first)
 
 
-_last: tuple[weakref.ref[Tensor], tuple[Tensor, Tensor]] | None = None
-
-
 def halved(rotary: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return tables (S, D/2) of tables (S, D) that hold each number twice: once for all blocks, which share them."""
-    global _last
-    cos, sin = rotary
-    if torch.compiler.is_compiling():
-        return cos[:, ::2].to(device).contiguous(), sin[:, ::2].to(device).contiguous()
-    kept = _last
-    if kept is not None and kept[0]() is cos and kept[1][0].device == device:
-        return kept[1]
-    tables = cos[:, ::2].to(device).contiguous(), sin[:, ::2].to(device).contiguous()
-    if not torch.is_inference_mode_enabled():
-        _last = weakref.ref(cos), tables
-    return tables
+    """Return tables (S, D/2) of tables (S, D) that hold each number twice."""
+    return _shared(lambda cos, sin: (cos[:, ::2], sin[:, ::2]), rotary, device)
+
+
+def of_complex(rotary: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tables (S, D/2) or (B, S, D/2) of complex ones, of which there may be several behind each other."""
+    return _shared(_parts, rotary, device)
+
+
+def _parts(*tables: Tensor) -> tuple[Tensor, Tensor]:
+    joined = tables[0] if len(tables) == 1 else torch.cat(tables, dim=-2)
+    return joined.real, joined.imag
+
+
+class _Tables(NamedTuple):
+    """Tables that were made of a tensor and others, and are kept at that tensor."""
+
+    others: list[weakref.ref[Tensor]]
+    tables: tuple[Tensor, Tensor]
+
+
+def _shared(
+    make: Callable[..., tuple[Tensor, Tensor]], sources: tuple[Tensor, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the contiguous tables that are made of `sources`, once for all blocks, which save them for gradients.
+
+    They are kept at the first of the sources, so that a block that is recomputed finds them, as it has to.
+    """
+    kept = None if torch.compiler.is_compiling() else getattr(sources[0], "leap_kernels_tables", None)
+    if kept is not None and kept.tables[0].device == device and _are(kept.others, sources[1:]):
+        return kept.tables
+    cos, sin = (table.to(device).contiguous() for table in make(*sources))
+    if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+        made: Any = sources[0]
+        made.leap_kernels_tables = _Tables([weakref.ref(one) for one in sources[1:]], (cos, sin))
+    return cos, sin
+
+
+def _are(kept: list[weakref.ref[Tensor]], sources: tuple[Tensor, ...]) -> bool:
+    return len(kept) == len(sources) and all(one() is source for one, source in zip(kept, sources, strict=True))

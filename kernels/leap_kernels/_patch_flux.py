@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._patch_attention import Attend, normed_and_turned, processor_sources, unless_normed
+from ._patch_attention import Attend, halved, normed_and_turned, processor_sources, unless_normed
 from ._patch_parts import bare, modulated, own_forward, unless_plain, with_residual, within_half
 from ._patch_rules import Rule, of_forward
 from .gelu_tanh import gelu_tanh
@@ -74,7 +74,8 @@ def attention(
         added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
         *before, of_text = (part(encoder_hidden_states).unflatten(-1, (-1, self.head_dim)) for part in added)
         value = torch.cat([of_text, value], dim=1)
-    query, key = normed_and_turned(self, query, key, before, image_rotary_emb)
+    tables = None if image_rotary_emb is None else halved(image_rotary_emb, query.device)
+    query, key = normed_and_turned(self, query, key, before, tables)
     out = attend(self, query, key, value, attention_mask)
     if encoder_hidden_states is None:
         return out

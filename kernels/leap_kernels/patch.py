@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import _patch_autoencoder, _patch_flux
+from . import _patch_autoencoder, _patch_flux, _patch_flux2, _patch_qwen_image, _patch_sd3, _patch_z_image
 from ._patch_rules import Forward, Rule, digest_of
 
 _RULES: dict[str, list[Rule]] = {}
-for _rule in (*_patch_flux.RULES, *_patch_autoencoder.RULES):
-    _RULES.setdefault(_rule.name, []).append(_rule)
+for _family in (_patch_autoencoder, _patch_flux, _patch_flux2, _patch_qwen_image, _patch_sd3, _patch_z_image):
+    for _rule in _family.RULES:
+        _RULES.setdefault(_rule.name, []).append(_rule)
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Patch:
 def patch(model: nn.Module) -> Patch:
     """Have the modules of `model` that are known compute with the ops of this package, and return what was done.
 
-    Known are the transformer of FLUX.1, the autoencoder of images, and what other models of diffusers have of their
-    norms and feed-forwards. Only a module's `forward` is replaced, on the instance: parameters, names, classes and
-    `state_dict` are what they were, and a linear layer is called as a module, whatever was put in its place, such as an
-    adapter. Norms are not called; where one has hooks, or arguments do not fit an op, the module computes as before.
-    Results differ by rounding: an op rounds once where PyTorch rounds after every operation.
+    Known are the transformers of FLUX.1, FLUX.2, Stable Diffusion 3.5, Qwen-Image and Z-Image, and the autoencoder of
+    images, as they are in diffusers. Only a module's `forward` is replaced, on the instance: parameters, names, classes
+    and `state_dict` are what they were, and a linear layer is called as a module, whatever was put in its place, such
+    as an adapter. Norms are not called; where one has hooks, or arguments do not fit an op, the module computes as
+    before. Results differ by rounding: an op rounds once where PyTorch rounds after every operation.
 
     Modules are patched once; a second `patch` leaves them as they are and says so.
     """

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from leap_kernels import _patch_rules, patch
-from patch_cases import CASES, all_in_double, difference, outputs
+from patch_cases import CASES, all_in_double, compute_in_double, difference, outputs
 from tolerances import unit_roundoff
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["all_in_double"]
@@ -23,7 +24,8 @@ def test_output_and_gradients_are_equal(family: str) -> None:
     case = CASES[family]
     model = case.model()
     expected, names = case.run(model), list(model.state_dict())
-    assert patch(model).replaced == case.ops
+    done = patch(model)
+    assert (done.replaced, done.left) == (case.ops, case.left)
     assert list(model.state_dict()) == names
     worst = difference(case.run(model), expected)
     assert max(worst.values()) < 1e-10, worst
@@ -31,11 +33,13 @@ def test_output_and_gradients_are_equal(family: str) -> None:
 
 @families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("all_in_double")
-def test_rounding_costs_no_more_than_it_did(family: str, dtype: torch.dtype) -> None:
+def test_rounding_costs_no_more_than_it_did(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Taken together, and beside what the same model without the patch loses in this dtype."""
     case = CASES[family]
-    exact, model = case.run(case.model(dtype).double()), case.model(dtype)
+    with monkeypatch.context() as in_double:
+        compute_in_double(in_double)
+        exact = case.run(case.model(dtype).double())
+    model = case.model(dtype)
     losses = []
     for _ in range(2):
         losses.append(sum(difference(case.run(model, dtype), exact).values()) / len(exact))
@@ -55,6 +59,17 @@ def test_undone_it_is_what_it_was(family: str) -> None:
     after = case.run(model, torch.float32)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@families
+def test_tensors_without_memory(family: str) -> None:
+    case = CASES[family]
+    expected = case.run(case.model(torch.float32), torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = case.build()
+        patch(model)
+        found = case.run(model, torch.float32)
+    assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in expected.items()}
 
 
 def test_what_was_patched_is_left_alone() -> None:

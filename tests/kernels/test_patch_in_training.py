@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from leap_kernels import patch
-from patch_cases import CASES, PatchCase, all_in_double, difference
+from patch_cases import CASES, PatchCase, all_in_double, difference, outputs
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.memory.checkpointing import checkpoint_blocks, checkpoint_resnets
 from leapalign.memory.host_weights import HostWeights
@@ -22,7 +21,7 @@ from leapalign.memory.host_weights import HostWeights
 __all__ = ["all_in_double"]
 
 families = pytest.mark.parametrize("family", CASES)
-transformers = pytest.mark.parametrize("family", CASES.keys() - {"autoencoder"})
+transformers = pytest.mark.parametrize("family", [name for name in CASES if name != "autoencoder"])
 pytestmark = pytest.mark.usefixtures("all_in_double")
 
 
@@ -69,6 +68,18 @@ def test_recomputing(family: str, keep_attention: bool) -> None:
     assert max(difference(case.run(model), unpatched(case)).values()) < 1e-10
 
 
+def test_recomputing_after_another_forward() -> None:
+    """What blocks share, such as tables, is there when the first of two is recomputed."""
+    case = CASES["flux"]
+    model, inputs = patched(case), case.drawn(torch.float64)
+    checkpoint_blocks(model, keep_attention=True)
+    others = inputs | {"img_ids": inputs["img_ids"].flip(0) * 2}
+    both = [outputs(model, drawn) for drawn in (inputs, others)]
+    together = torch.autograd.grad(both[0].sum() + 2 * both[1].sum(), model.x_embedder.weight)
+    alone = [torch.autograd.grad(outputs(model, d).sum(), model.x_embedder.weight)[0] for d in (inputs, others)]
+    torch.testing.assert_close(together[0], alone[0] + 2 * alone[1], rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("of_diffusers", [False, True])
 def test_recomputing_in_the_autoencoder(of_diffusers: bool) -> None:
     case = CASES["autoencoder"]
@@ -91,25 +102,15 @@ def test_weights_that_stream(family: str) -> None:
 
 @transformers
 def test_compiled_blocks(family: str) -> None:
-    """Each kind of block in one graph, forwards and backwards; the compiler's own code would take minutes."""
+    """Each kind of block is one graph. One family's goes through the compiler's autograd, too; code for a processor
+    would take minutes."""
     case = CASES[family]
     expected, model = unpatched(case), patched(case)
     torch._dynamo.reset()
-    for module in model.modules():
-        if type(module).__name__ in model._repeated_blocks:
-            module.compile(backend="aot_eager", fullgraph=True)
+    kinds = {type(module): module for module in model.modules() if type(module).__name__ in model._no_split_modules}
+    for block in kinds.values():
+        block.compile(backend="aot_eager" if family == "flux" else "eager", fullgraph=True)
     assert max(difference(case.run(model), expected).values()) < 1e-10
-
-
-@families
-def test_tensors_without_memory(family: str) -> None:
-    case = CASES[family]
-    expected = unpatched(case)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = case.build()
-        patch(model)
-        found = case.run(model, torch.float32)
-    assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in expected.items()}
 
 
 @families
@@ -120,7 +121,7 @@ def test_copies_are_patched_and_have_their_own_weights(family: str) -> None:
     torch.save(model, file)
     file.seek(0)
     for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert set(patch(copied).left) == set(case.ops)
+        assert set(patch(copied).left) == set(case.ops) | set(case.left)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
