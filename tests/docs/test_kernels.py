@@ -25,14 +25,14 @@ def tables() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["training-loop", "sampler"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["training-loop", "sampler", "model"])
 def test_example_runs(example: str) -> None:
     assert "assert_close" in example
     exec(compile(example, str(PAGE), "exec"), {"__name__": "example"})
 
 
 def test_examples_fail_when_an_op_is_wrong(monkeypatch) -> None:
-    loop, sampler = EXAMPLES
+    loop, sampler, model = EXAMPLES
     correct = leap_kernels.leap_update
     monkeypatch.setattr(leap_kernels, "leap_update", lambda x, v, a, b, target: correct(x, v, b, a, target))
     with pytest.raises(AssertionError):
@@ -40,6 +40,9 @@ def test_examples_fail_when_an_op_is_wrong(monkeypatch) -> None:
     monkeypatch.setattr(leap_kernels, "euler_step", lambda x, v, a, b, u, scale: x + (b - a) * v)
     with pytest.raises(AssertionError):
         exec(sampler, {})
+    monkeypatch.setattr(leap_kernels, "patch", lambda model: model.norm_out.linear.weight.data.zero_())
+    with pytest.raises(AssertionError):
+        exec(model, {})
 
 
 def test_every_op_has_a_line_and_every_line_an_op() -> None:
