@@ -51,7 +51,11 @@ def test_an_error_within_brings_them_home() -> None:
     reward = Linear()
     hosted = HostReward(reward, CPU)
     home = [parameter.data_ptr() for parameter in reward.parameters()]
-    with pytest.raises(ZeroDivisionError), hosted.lent():
+
+    def fail(images: torch.Tensor, prompts: object) -> torch.Tensor:
         assert [parameter.data_ptr() for parameter in reward.parameters()] != home
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        reward_gradient(torch.tanh, fail, torch.randn(1, 3, 8, 8), ["a"], lend=hosted.lent)
     assert [parameter.data_ptr() for parameter in reward.parameters()] == home
