@@ -37,6 +37,7 @@ RESUMED: dict[str, str] = {
     "model.lora_alpha": _ADAPTER,
     "model.lora_path": _ADAPTER,
     "model.lora_targets": _ADAPTER,
+    "model.quantization": "adapters were trained beside weights that are rounded so",
     "model.height": _SIZE,
     "model.width": _SIZE,
     "prompts.path": MAY_CHANGE,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from leapalign.config.measuring import DiagnosticsConfig, EvaluateConfig, SamplesConfig, WatchConfig
+from leapalign.config.quantization import refuse_quantization
 from leapalign.inputs.bounds import (
     Decay,
     FiniteFloat,
@@ -57,6 +58,8 @@ class ModelConfig:
     """Adapters to start from, which say rank, alpha and layers: folder or hub id in diffusers' or PEFT's layout."""
     lora_targets: tuple[str, ...] = ()
     """How the names of adapted linear layers end; empty: all in the blocks but for modulation."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Of frozen weights in blocks, beside adapters, by bitsandbytes: 4.13 or 8.5 bits a weight; null: ``dtype``."""
     height: Pixels = 64
     """Of images, in pixels."""
     width: Pixels = 64
@@ -231,6 +234,7 @@ class Config:
                 "at model.true_cfg_scale 0 all gradient is the negative prompt's; set model.cfg_gradient to full"
             )
         self._check_memory()
+        refuse_quantization(self.model, self.memory)
         if self.model.lora_alpha is not None and not self.model.adapted:
             raise ValueError("model.lora_alpha scales adapters; set model.lora_rank, too")
         if self.model.lora_targets and not self.model.adapted:

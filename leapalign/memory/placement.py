@@ -72,7 +72,8 @@ def place_for_climbing(model: Placeable, rewards: Sequence[object], config: Memo
 
     Raises UserError for a decoder that cannot recompute.
     """
-    model.transformer.to("meta")
+    # Parameters of bitsandbytes' class cannot be moved there.
+    model.transformer.to_empty(device="meta")
     prepare_decoder(model.decoder, config)
     model.device = device
     for reward in rewards:

@@ -18,6 +18,7 @@ from leapalign.models.flux2 import Flux2DevModel, Flux2KleinModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
 from leapalign.models.lora import add_adapter, planned_adapter, start_adapter
 from leapalign.models.protocol import Family, FlowModel
+from leapalign.models.quantization import quantize, require_quantizer
 from leapalign.models.qwen_image import QwenImageModel
 from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
 from leapalign.models.text_encoders import TextEncoder
@@ -40,11 +41,15 @@ ENCODED_AT_ONCE = 16
 
 
 def load_model(config: ModelConfig) -> FlowModel:
-    """The model that ``config`` names, with its weights. Raises UserError where it cannot be read, or compiled."""
+    """The model that ``config`` names, with its weights. Raises UserError where it cannot be read, compiled or
+    quantized."""
     if config.compile:
         require_compiler(training_device())
+    require_quantizer(config, training_device())
     with progress("load the model", 1, "model") as bar:
         model = assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
+        if config.quantization is not None:
+            quantize(model.transformer, config.quantization, training_device())
         bar.update()
     if config.adapted:
         plan = planned_adapter(model.transformer, config)

@@ -16,6 +16,7 @@ from torch import nn
 from leapalign.config import ModelConfig
 from leapalign.inputs.validation import UserError, shortened
 from leapalign.models.adapter_files import Adapter, published_adapter, write_adapter
+from leapalign.models.blocks import in_blocks, linear_layers
 from leapalign.streams import ADAPTER_STREAM, seed_of
 
 ADAPTER = "default"
@@ -38,7 +39,7 @@ def planned_adapter(transformer: Any, config: ModelConfig) -> AdapterPlan:
     Without ``lora_targets`` every linear layer of the blocks is adapted, but for modulation. What ``lora_path`` names
     says rank, alpha and layers. Raises UserError where no layer matches, or the two do not fit together.
     """
-    linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    linear = linear_layers(transformer)
     if config.lora_path is not None:
         start = published_adapter(config.lora_path)
         _require_fit(start, config, linear)
@@ -113,8 +114,7 @@ def _targets(transformer: Any, config: ModelConfig, linear: Mapping[str, nn.Line
     if config.lora_targets:
         targets = [name for name in linear if name.endswith(config.lora_targets)]
     else:
-        blocks = tuple(f"{name}." for name, child in transformer.named_children() if isinstance(child, nn.ModuleList))
-        targets = [name for name in linear if name.startswith(blocks) and not _modulates(name)]
+        targets = [name for name in linear if in_blocks(transformer, name) and not _modulates(name)]
     if not targets:
         raise UserError(
             f"no linear layer of the transformer ends with {' or '.join(config.lora_targets)}; correct "

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from leapalign.memory.residency import HOST, ROLE, STAGE, Role, Stage
 from leapalign.planning.caching_allocator import Event
+from leapalign.planning.quantized import is_product, product
 
 
 @dataclass
@@ -142,6 +143,9 @@ class StorageLedger(TorchDispatchMode):
             # A stage that makes nothing of its own still holds what was alive when it began.
             if side.total and STAGE.get() not in side.peaks:
                 self._add(side, ROLE.get(), 0)
+        if is_product(func):
+            with self:
+                return product(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):

@@ -21,6 +21,8 @@ from leapalign.models import assembled, family_of, guided
 from leapalign.models.folder import holds
 from leapalign.models.lora import add_adapter, planned_adapter
 from leapalign.models.protocol import FlowModel
+from leapalign.models.quantization import quantize
+from leapalign.planning.quantized import made_of_fakes
 from leapalign.reward_gradient import RewardTerm
 from leapalign.rewards import reward_terms, simulated_reward
 from leapalign.storage.embedded import resolve
@@ -63,6 +65,9 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any], rol
     """
     folder = Path(KNOWN_MODELS.get(config.model.path, resolve(config.model.path)))
     model = assembled(_Configs(str(folder), getattr(torch, config.model.dtype), making), config.model)
+    if config.model.quantization is not None:
+        with made_of_fakes():
+            quantize(model.transformer, config.model.quantization, torch.device("cpu"))
     if config.model.adapted:
         plan = planned_adapter(model.transformer, config.model)
         # Peft moves adapters to the device of their layer. Fake ones are there, and cannot be moved.

@@ -27,6 +27,7 @@ from leapalign.memory.checkpointing import prepare_decoder
 from leapalign.memory.repetition import run_by
 from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for, watched
 from leapalign.method_gradient import Objective
+from leapalign.models.quantization import scales
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.planning.between import between_iterations, count_watch_rewards
 from leapalign.planning.caching_allocator import Event, reserved
@@ -205,7 +206,7 @@ def _shown_on(bar: Any) -> Callable[[Stage], contextlib.AbstractContextManager[N
 
 def _count_parts(ledger: StorageLedger, parts: Skeleton) -> None:
     transformer = parts.model.transformer
-    ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
+    ledger.count(*transformer.parameters(), *transformer.buffers(), *scales(transformer), role="weights")
     _count_frozen(ledger, parts)
     embeddings = parts.embeddings
     ledger.exclude(*(embeddings.prompts if isinstance(embeddings, GuidedEmbeddings) else embeddings).tensors())

@@ -32,6 +32,7 @@ STAND_INS = {
     "--config CONFIG": "--config configs/tiny.yaml",
     "--config tiny ": "--config configs/tiny.yaml ",
     "--config flux1_dev/80gb": "--config configs/flux1_dev/80gb.yaml",
+    "--config flux1_dev/16gb": "--config configs/flux1_dev/16gb.yaml",
     "--config flux1_dev/48gb": "--config configs/flux1_dev/48gb.yaml",
     "--config recipes/flux1_dev/leapalign_hpsv2": "--config configs/recipes/flux1_dev/leapalign_hpsv2.yaml",
     "--config recipes/flux1_dev/leapalign_hpsv3": "--config configs/recipes/flux1_dev/leapalign_hpsv3.yaml",

@@ -103,7 +103,10 @@ FORBIDDEN = {
     "train.batch_size": "train.batch_size=4",
     PROMPTS_DIGEST: "prompts.path=OTHER",
 }
-FORBIDDEN_ELSEWHERE = dict.fromkeys(("model.lora_alpha", "model.lora_targets"), "tests/models/test_lora_start.py")
+FORBIDDEN_ELSEWHERE = {
+    **dict.fromkeys(("model.lora_alpha", "model.lora_targets"), "tests/models/test_lora_start.py"),
+    "model.quantization": "tests/models/test_quantization.py",
+}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 
 from leapalign.config import Config
 from leapalign.memory.residency import stage
+from leapalign.models.quantization import scales
 from leapalign.planning.between import count_watch_rewards
 from leapalign.planning.ledger import StorageLedger
 from leapalign.prompts.embeddings import embeddings_of
@@ -30,7 +31,7 @@ def measured(config: Config) -> StorageLedger:
         # Files are read past PyTorch's operations; masters in host memory, and their copies, are not.
         if config.memory.optimizer == "device" and config.memory.weights == "resident":
             transformer = trainer.model.transformer
-            ledger.count(*transformer.parameters(), *transformer.buffers(), role="weights")
+            ledger.count(*transformer.parameters(), *transformer.buffers(), *scales(transformer), role="weights")
         for term in trainer.rewards:
             ledger.count(*term.reward.buffers(), role="reward")
             if config.memory.rewards == "resident":

@@ -1,0 +1,15 @@
+"""The blocks of a transformer, which hold nearly all of its weights: the members of its module lists."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def linear_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer by its name in ``transformer``, blocks or not."""
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def in_blocks(transformer: nn.Module, name: str) -> bool:
+    """Whether what is called ``name`` in ``transformer`` is a part of a block."""
+    return isinstance(dict(transformer.named_children()).get(name.partition(".")[0]), nn.ModuleList)

@@ -1,0 +1,139 @@
+"""Frozen weights of few bits beside adapters that are trained, as in QLoRA (arXiv 2305.14314), by bitsandbytes.
+
+Of a block's linear layers the matrices are quantized, modulation included; embeddings, norms, biases and what comes
+after the blocks stay as they are. A matrix ``W (out, in)`` is widened to the model's dtype for each product with it,
+``y = x W^T + b``, forwards and backwards: gradients are those of a model that has the widened weights. So it is with
+``int8``, too: bitsandbytes' own layer of eight bits rounds its inputs as well, and keeps them beside the graph, where
+recomputing blocks would free nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leapalign.config import ModelConfig
+from leapalign.inputs.validation import UserError, brief
+from leapalign.models.blocks import in_blocks, linear_layers
+
+BLOCK = 64
+"""Weights that share a scale. Rows that are not of whole blocks stay as they are: on a CPU bitsandbytes widens them
+wrongly, and on a GPU slowly."""
+
+
+def require_quantizer(config: ModelConfig, device: torch.device) -> None:
+    """Raises UserError where ``config`` asks for what bitsandbytes, as it is installed, cannot do on ``device``."""
+    if config.quantization is None:
+        return
+    dtype = getattr(torch, config.dtype)
+    try:
+        layer = KINDS[config.quantization](nn.Linear(BLOCK, 2, dtype=dtype), device).to(device)
+        layer(torch.ones(1, BLOCK, dtype=dtype, device=device))
+    except Exception as error:  # of the import, or of a library that is built for other devices
+        raise UserError(
+            f"model.quantization {config.quantization} needs bitsandbytes for {device.type}, which does not work here "
+            f"({brief(error)}); install it with pip install bitsandbytes, or set model.quantization to null"
+        ) from None
+
+
+def quantize(transformer: nn.Module, kind: str, device: torch.device) -> None:
+    """Quantizes the frozen ``transformer`` as ``kind`` says, matrix by matrix, on ``device``, where they stay.
+
+    The same weights on the same kind of device give the same bits. Raises UserError where no matrix can be quantized.
+    """
+    found = [
+        (name, layer)
+        for name, layer in linear_layers(transformer).items()
+        if in_blocks(transformer, name) and layer.in_features % BLOCK == 0
+    ]
+    if not found:
+        raise UserError(
+            f"no block of {type(transformer).__name__} has a matrix whose rows are multiples of {BLOCK} weights; set "
+            "model.quantization to null"
+        )
+    for name, layer in found:
+        parent, _, own = name.rpartition(".")
+        setattr(transformer.get_submodule(parent), own, KINDS[kind](layer, device).train(layer.training))
+
+
+def scales(transformer: nn.Module) -> Iterator[Tensor]:
+    """What bitsandbytes' layers in ``transformer`` hold beside their parameters and buffers."""
+    for layer in linear_layers(transformer).values():
+        state = getattr(layer.weight, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+
+
+def _nf4(layer: nn.Linear, device: torch.device) -> nn.Linear:
+    """``layer`` with four bits a weight on ``device``, the 16 values of NF4; its bias is as and where it was.
+
+    Scales are in bytes themselves, 256 of which share one: 4.13 bits a weight in all.
+    """
+    library: Any = import_module("bitsandbytes.nn")
+    made: nn.Linear = library.Linear4bit(
+        *(layer.in_features, layer.out_features, False),
+        compute_dtype=layer.weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight = library.Params4bit(layer.weight.detach(), blocksize=BLOCK, quant_type="nf4", module=made)
+    made.weight, made.bias = weight.to(device), layer.bias
+    # On some processors it would pack weights anew at the first forward without gradient, and have none from then on.
+    made.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return made
+
+
+def _int8(layer: nn.Linear, device: torch.device) -> nn.Linear:
+    """``layer`` with eight bits a weight on ``device``, evenly spaced; its bias is as and where it was.
+
+    With the scales, in float32, 8.5 bits a weight.
+    """
+    return _EightBits(layer, device)
+
+
+KINDS: Mapping[str, Callable[[nn.Linear, torch.device], nn.Linear]] = {"nf4": _nf4, "int8": _int8}
+"""By ``model.quantization``: makes a layer of one."""
+
+
+class _EightBits(nn.Linear):
+    """``weight``: bytes; an element is ``code[byte]`` times the scale of its block."""
+
+    def __init__(self, layer: nn.Linear, device: torch.device) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        library: Any = import_module("bitsandbytes.functional")
+        code = library.create_linear_map(signed=True, total_bits=8).to(device)
+        weight, state = library.quantize_blockwise(layer.weight.detach().to(device), code=code, blocksize=BLOCK)
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+        self.register_buffer("scale", state.absmax)
+        self.register_buffer("code", state.code)
+        self._dtype = layer.weight.dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        product: Tensor = _Product.apply(input, self.bias, self._dtype, self.weight, self.scale, self.code)
+        return product
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T + b``, whose graph holds bytes: W is widened once more for the gradient ``g W`` of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, dtype: torch.dtype, weight: Tensor, scale: Tensor, code: Tensor
+    ) -> Tensor:
+        ctx.dtype = dtype
+        ctx.save_for_backward(weight, scale, code)
+        return nn.functional.linear(x, _widened(dtype, weight, scale, code), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0] @ _widened(ctx.dtype, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+        return gradient, *(None,) * 5
+
+
+def _widened(dtype: torch.dtype, weight: Tensor, scale: Tensor, code: Tensor) -> Tensor:
+    widened: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(weight, scale, code, BLOCK, dtype)
+    return widened
