@@ -2,13 +2,13 @@
 
 from leapalign.config.files import config_from, load_config, override, read_config, save_config
 from leapalign.config.measuring import DiagnosticsConfig, EvaluateConfig, SamplesConfig, WatchConfig
+from leapalign.config.memory import MemoryConfig
 from leapalign.config.sections import (
     HOST_OPTIMIZERS,
     CfgGradient,
     CheckpointConfig,
     Config,
     EmaConfig,
-    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     PromptsConfig,
