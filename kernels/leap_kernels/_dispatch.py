@@ -133,7 +133,7 @@ def choose(op: Op, *tensors: Tensor) -> Backend:
         BackendUnavailable: in strict mode, if the wanted backend cannot run the op.
         ValueError: if the environment variable LEAP_KERNELS names no backend.
     """
-    setting = _setting()
+    setting = _override.get() or _of_the_process()
     # Most calls are on the CPU by default: what a device is called takes longer to find out.
     wanted: Backend = "native" if tensors[0].is_cpu and setting.name == "auto" else _wanted(setting, tensors[0].device)
     reason = op.eligible(wanted, *tensors)

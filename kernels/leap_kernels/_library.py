@@ -116,6 +116,8 @@ def _observed(arguments: tuple[Any, ...]) -> bool:
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled():
         return True
     for argument in arguments:
+        if argument is None:
+            continue
         if isinstance(argument, Tensor):
             if torch._C._dispatch_keys(argument).raw_repr() not in _PLAIN and not _plain(argument):
                 return True

@@ -146,6 +146,6 @@ BLOCK_CASES = (
         backward_bytes=6,
         differentiable=("x", "weight", "bias"),
         sizes=IMAGES,
-        quick=(2, 64, 3, 5),
+        quick=(2, 32, 2, 3),
     ),
 )
