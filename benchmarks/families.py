@@ -23,7 +23,7 @@ from leapalign.planning.simulate import simulate, step_seconds
 CONFIGS = Path(__file__).parents[1] / "configs"
 RESULTS = Path(__file__).parent / "results" / "families.jsonl"
 SECTIONS = (
-    *("model", "rollout", "method", "reward", "regularization", "optimizer", "ema", "train", "memory"),
+    *("model", "rollout", "method", "reward", "regularization", "optimizer", "ema", "train", "memory", "kernels"),
     *("samples", "watch"),
 )
 """Of a configuration, what its needs depend on."""

@@ -26,6 +26,7 @@ from leapalign.memory.room import require_room
 from leapalign.method_gradient import Objective, draw_several, joined, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import load_model
+from leapalign.models.patching import patch_networks
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity, require_fit, undetached
 from leapalign.optimizers.host_speed import require_speed
@@ -108,7 +109,11 @@ class Trainer:
         method: Method,
         device: torch.device,
     ) -> Trainer:
-        """Puts the parts where ``config`` says, with the optimizer that it names."""
+        """Puts the parts where ``config`` says, with the optimizer that it names.
+
+        Raises UserError where they cannot be, or cannot be patched.
+        """
+        patch_networks(model, config.kernels)
         weights = place(model, config.memory, device)
         rewards = [replace(term, lend=lender(term.reward, config.memory, device)) for term in rewards]
         # Now, while the weights are the base's: a resumed run's come from a checkpoint later.

@@ -76,6 +76,7 @@ RESUMED: dict[str, str] = {
     "memory.checkpoint_decoder": MAY_CHANGE,
     "memory.rewards": MAY_CHANGE,
     "memory.attention": MAY_CHANGE,
+    "kernels.patch": "its ops round otherwise, and the run would not be the one that began",
     "diagnostics.true_gradient_every": MAY_CHANGE,
     "checkpoint.every": MAY_CHANGE,
     "checkpoint.keep": MAY_CHANGE,

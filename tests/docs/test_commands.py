@@ -70,6 +70,7 @@ PARSED_ONLY = {
     "python benchmarks/host_adamw.py": "needs what a C++ compiler builds",
     "python benchmarks/without_native.py": "so does this",
     "python benchmarks/call_overhead.py": "a minute",
+    "python benchmarks/patched_iteration.py": "minutes; tests/benchmarks has it",
 }
 FILES = {
     "prompts.txt": "a red circle\ntwo crosses\n",

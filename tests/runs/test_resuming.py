@@ -101,6 +101,7 @@ FORBIDDEN = {
     "optimizer.name": "optimizer.name=adafactor",
     "ema.dtype": "ema.dtype=bfloat16",
     "train.batch_size": "train.batch_size=4",
+    "kernels.patch": "kernels.patch=true",
     PROMPTS_DIGEST: "prompts.path=OTHER",
 }
 FORBIDDEN_ELSEWHERE = {
