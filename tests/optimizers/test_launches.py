@@ -13,7 +13,8 @@ from leapalign.config import EmaConfig, OptimizerConfig
 from leapalign.memory.transfer import ToHost
 from leapalign.optimizers.optimizer import Optimizer
 
-pytestmark = pytest.mark.interpreter
+# Without native code the reference computes the average, with a copy of its own for each parameter.
+pytestmark = [pytest.mark.interpreter, pytest.mark.native]
 
 
 @pytest.fixture(scope="module")
