@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def main() -> None:
         for name, path in profiles().items()
         if name not in lines or lines[name]["settings"] != fingerprint(load_config(path))
     ]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(measured, name) for name in stale]):
             line = done.result()
             print(f"{line['profile']}: {line['device_peak_bytes'] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
