@@ -23,7 +23,7 @@ from leapalign.planning.simulate import simulate, step_seconds
 CONFIGS = Path(__file__).parents[1] / "configs"
 RESULTS = Path(__file__).parent / "results" / "families.jsonl"
 SECTIONS = (
-    *("model", "rollout", "method", "reward", "regularization", "optimizer", "ema", "train", "memory"),
+    *("model", "rollout", "method", "reward", "regularization", "optimizer", "ema", "train", "memory", "kernels"),
     *("samples", "watch"),
 )
 """Of a configuration, what its needs depend on."""
@@ -66,6 +66,7 @@ def measured(profile: str) -> dict[str, Any]:
         "height": config.model.height,
         "trainable_parameters": found.trainable_parameters,
         "device_peak_bytes": found.device_peak,
+        "device_reserved_bytes": found.reserved,
         "host_peak_bytes": found.host_peak,
         "transfer_per_compute": {
             name: seconds[name]["transfer"] / seconds[name]["compute"] for name in ("rollout", "surrogate")

@@ -93,6 +93,7 @@ def measured_step(config: Config, device: torch.device, found: Simulation | None
         "seconds_computed": next(iter(computed.values()), None),
         "peak_bytes": dict(peaks),
         "peak_bytes_reserved": dict(reserved),
+        "bytes_reserved_simulated": found.reserved,
         "peak_bytes_simulated": {stage: peak.total for stage, peak in found.device.items()},
         "metrics": metrics,
     }
@@ -115,6 +116,5 @@ def measuring(
     if on_gpu:
         torch.cuda.synchronize(device)
         peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device))
-        # With the allocator's gaps: what the GPU has to have.
         reserved[name] = max(reserved[name], torch.cuda.max_memory_reserved(device))
     seconds[name] += time.perf_counter() - begin

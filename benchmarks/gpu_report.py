@@ -172,7 +172,7 @@ def _stages(step: dict[str, Any]) -> str:
 
     rows = [row(*item) for item in step["seconds"].items()]
     header = ["stage", "s measured", "s computed: compute / transfer", "GiB measured", "GiB reserved", "GiB simulated"]
-    return markdown(header, rows)
+    return f"{markdown(header, rows)}\n\nReserved by simulation: {gib(step['bytes_reserved_simulated'])} GiB."
 
 
 def main() -> int:

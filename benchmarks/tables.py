@@ -28,14 +28,20 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def audit_table(lines: list[Line]) -> str:
-    """Return a row for each kernel, with the targets beside each other."""
-    kernels = {line["kernel"]: {} for line in lines}
+    """Return a row for each kernel, in the dtype that comes first, with the targets beside each other."""
+    kernels: dict[str, dict[str, Line]] = {}
     for line in lines:
-        kernels[line["kernel"]][line["target"]] = line
+        kernels.setdefault(line["kernel"], {}).setdefault(line["target"], line)
     rows = []
     for kernel, on in kernels.items():
         targets = [on[target] for target in TARGETS]
-        nvidia = [line for line in targets if line["bytes_ratio"] is not None]
+        nvidia = [line for line in targets if line["bytes_per_element"] is not None]
+        ratios = [line["bytes_ratio"] for line in nvidia if line["bytes_ratio"] is not None]
+        roundings = {
+            "stochastic" if name in line["rounded_stochastically"] else how
+            for line in nvidia
+            for name, how in line["roundings"].items()
+        }
         rows.append(
             [
                 f"`{kernel}`",
@@ -43,7 +49,8 @@ def audit_table(lines: list[Line]) -> str:
                 _each(line["shared_bytes"] for line in targets),
                 _each(f"{line['bytes_per_element']:.3f}" for line in nvidia),
                 str(targets[0]["least_bytes_per_element"]),
-                f"{max(line['bytes_ratio'] for line in nvidia):.4f}",
+                f"{max(ratios):.4f}" if ratios else "-",
+                ", ".join(sorted(roundings)) or "-",
                 _each(f"{line['occupancy']:.0%}" for line in targets),
                 _each(f"{line['roofline']['microseconds']:.0f}" if line["roofline"] else "-" for line in targets),
             ]
@@ -58,6 +65,7 @@ def audit_table(lines: list[Line]) -> str:
         "bytes an element",
         "least",
         "worst ratio",
+        "rounding",
     ]
     versions = f"Triton {lines[0]['triton']}, revision {_revisions(lines)}"
     note = f"{versions}; columns with several values: {' / '.join(TARGETS)}, one value where all agree."

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from leapalign.config import Config
 from leapalign.diagnostics.guards import drop_rollouts, first_fault
@@ -38,6 +39,9 @@ class Objective:
     @classmethod
     def of(cls, config: Config, decode: Callable[[Tensor], Tensor], terms: Sequence[RewardTerm]) -> Objective:
         """That of a run with ``config``."""
+        if config.memory.rewards == "host":
+            # The decoder's graph is made when the reward's weights have left.
+            decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
         return cls(
             decode, terms, config.train.reward_chunk, config.equal_reward_gradients, CLAMPS[config.train.image_clamp]
         )
@@ -47,7 +51,7 @@ class Objective:
         repeated = [prompts[n % len(prompts)] for n in range(len(latents))]
         with stage("reward"), made_for("reward"):
             scored = [
-                reward_gradient(self.decode, term.reward, latents, repeated, self.chunk, self.clamp)
+                reward_gradient(self.decode, term.reward, latents, repeated, self.chunk, self.clamp, term.lend)
                 for term in self.terms
             ]
             return [replace(one, gradient=self._scaled(one, scored[0])) for one in scored]

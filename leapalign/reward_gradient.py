@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,10 @@ RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
 An attribute ``title`` is what errors call it."""
 
 
+Lend = Callable[[], AbstractContextManager[None]]
+"""Within the block a reward can be computed, and its gradient; its weights may be elsewhere else."""
+
+
 @dataclass(frozen=True)
 class RewardTerm:
     """One reward of an objective: its part of the loss is ``weight`` times the method's, up to ``threshold``."""
@@ -26,6 +31,7 @@ class RewardTerm:
     reward: RewardFn
     threshold: float
     weight: float = 1.0
+    lend: Lend = nullcontext
 
 
 @dataclass(frozen=True)
@@ -71,16 +77,17 @@ def reward_gradient(
     prompts: Sequence[str],
     chunk: int | None = None,
     clamp: Callable[[Tensor], Tensor] = to_unit_range,
+    lend: Lend = nullcontext,
 ) -> RewardGradient:
     """``r_b = reward(decode(x_b), prompt_b)`` and ``dr_b/dx_b`` for ``latents (B, ...)``.
 
     The loss enters later as a factor per sample, ``dL/dx = (dL/dr) (dr/dx)``, so that several losses can share one
-    reward gradient. ``chunk``: most samples decoded at once; ``clamp``: one of `CLAMPS`. Raises UserError where the
-    reward does not return one differentiable score a sample.
+    reward gradient. ``chunk``: most samples decoded at once; ``clamp``: one of `CLAMPS`; ``lend``: of the reward's
+    weights, for each chunk. Raises UserError where the reward does not return one differentiable score a sample.
     """
     size = chunk or len(latents)
     parts = [
-        _chunk_gradient(decode, reward, latents[start : start + size], prompts[start : start + size], clamp)
+        _chunk_gradient(decode, reward, latents[start : start + size], prompts[start : start + size], clamp, lend)
         for start in range(0, len(latents), size)
     ]
     return RewardGradient(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -93,24 +100,30 @@ def _chunk_gradient(
     latents: Tensor,
     prompts: Sequence[str],
     clamp: Callable[[Tensor], Tensor],
+    lend: Lend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The columns of a `RewardGradient`; the graph is freed on return."""
     with torch.enable_grad():
         x = latents.detach().requires_grad_()
         decoded = decode(x)
-        image = clamp(decoded)
-        scores = scores_of(reward, image, prompts)
-    point("reward")
-    # A score may have a gradient of weights, and none of the images.
-    gradient = torch.autograd.grad(scores.sum(), x, allow_unused=True)[0] if scores.requires_grad else None
-    if gradient is None:
+        clamped_image = clamp(decoded)
+        image = clamped_image.detach().requires_grad_()
+        # The reward's graph is gone, and its weights may be, before that of the decoder unfolds.
+        with lend():
+            scores = scores_of(reward, image, prompts)
+            point("reward")
+            # A score may have a gradient of weights, and none of the images.
+            of_image = torch.autograd.grad(scores.sum(), image, allow_unused=True)[0] if scores.requires_grad else None
+            scores = scores.detach()
+    if of_image is None:
         raise UserError(
             f"{_title(reward)} returned scores without a gradient to the images, and cannot be trained on; compute "
             "them from the images by PyTorch alone, without detach, numpy or torch.no_grad, or name it in "
             "evaluate.rewards or watch.rewards"
         )
+    (gradient,) = torch.autograd.grad(clamped_image, x, of_image)
     clamped = ((decoded < 0) | (decoded > 1)).flatten(1).float().mean(dim=1)
-    return scores.detach(), gradient, image.detach(), clamped
+    return scores, gradient, image.detach(), clamped
 
 
 def scores_of(reward: RewardFn, images: Tensor, prompts: Sequence[str]) -> Tensor:

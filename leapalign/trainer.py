@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from leapalign.diagnostics.true_gradient import agreement
 from leapalign.evaluation.generate import generate
 from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.inputs.validation import UserError
-from leapalign.memory.placement import place, training_device
+from leapalign.memory.peaks import peaks_since_last
+from leapalign.memory.placement import lender, place, training_device
 from leapalign.memory.residency import stage
 from leapalign.memory.room import require_room
 from leapalign.method_gradient import Objective, draw_several, joined, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import load_model
+from leapalign.models.patching import patch_networks
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity, require_fit, undetached
 from leapalign.optimizers.host_speed import require_speed
@@ -107,8 +109,13 @@ class Trainer:
         method: Method,
         device: torch.device,
     ) -> Trainer:
-        """Puts the parts where ``config`` says, with the optimizer that it names."""
-        weights = place(model, [term.reward for term in rewards], config.memory, device)
+        """Puts the parts where ``config`` says, with the optimizer that it names.
+
+        Raises UserError where they cannot be, or cannot be patched.
+        """
+        patch_networks(model, config.kernels)
+        weights = place(model, config.memory, device)
+        rewards = [replace(term, lend=lender(term.reward, config.memory, device)) for term in rewards]
         # Now, while the weights are the base's: a resumed run's come from a checkpoint later.
         penalty = base_velocity_penalty(config, model, device)
         parameters = [p for p in model.transformer.parameters() if p.requires_grad]
@@ -129,7 +136,8 @@ class Trainer:
                 warn_of_thresholds(self.rewards, metrics)
             self.iteration += 1
             seconds = time.perf_counter() - started
-            yield {"iteration": self.iteration, **metrics, "seconds": seconds}
+            peaks = peaks_since_last(self.model.device)
+            yield {"iteration": self.iteration, **metrics, **peaks, "seconds": seconds}
             if in_a_row == SKIPPED_AT_MOST:
                 raise UserError(
                     f"{in_a_row} iterations in a row had no finite gradient, and changed nothing; look into "

@@ -20,6 +20,7 @@ own_place.leave_the_callers()
 import hypothesis
 import pytest
 import torch
+from installed import wheel_of
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
@@ -121,6 +122,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+REFUSED_WITHOUT_NATIVE_CODE = "memory.optimizer host without native code"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    return (yield from _skipped_where_refused())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    return (yield from _skipped_where_refused())
+
+
+def _skipped_where_refused() -> Iterator[None]:
+    """Skip what trains with the optimizer in host memory, which is refused where the native library is missing."""
+    try:
+        return (yield)
+    except Exception as error:
+        reason = _native.unavailable()
+        if reason and REFUSED_WITHOUT_NATIVE_CODE in str(error):
+            pytest.skip(f"memory.optimizer=host is refused: {reason}")
+        raise
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_callers_folder() -> Iterator[None]:
     """For fixtures that several tests share."""
@@ -147,3 +172,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     make_parts(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of leapalign, built without a C++ compiler, as it may be, and sooner done."""
+    return wheel_of(Path(__file__).parents[1], tmp_path_factory.mktemp("wheel"), compiler=None)

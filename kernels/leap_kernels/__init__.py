@@ -19,6 +19,7 @@ from .gelu_tanh import gelu_tanh
 from .group_norm_silu import group_norm_silu
 from .leap_distances import leap_distances
 from .leap_update import leap_update
+from .patch import Patch, patch
 from .qk_norm_rope import QK, qk_norm_rope
 from .scale_gradient import scale_gradient
 from .stochastic_round import stochastic_round_
@@ -30,6 +31,7 @@ __all__ = [
     "Adam8bitState",
     "BackendUnavailable",
     "Explanation",
+    "Patch",
     "accumulate_",
     "adaln_modulate",
     "adamw_8bit_step_",
@@ -44,6 +46,7 @@ __all__ = [
     "group_norm_silu",
     "leap_distances",
     "leap_update",
+    "patch",
     "qk_norm_rope",
     "scale_gradient",
     "stochastic_round_",

@@ -6,7 +6,6 @@ from ._triton import jit, tl, triton
 
 LONGEST = 8192
 """Elements of the longest row that a program holds in registers."""
-STRIP, SUMMED_STRIP = 4, 16
 
 
 def block_and_warps(width: int, sums: bool = False) -> tuple[int, int]:

@@ -27,17 +27,20 @@ def check_latents(op: str, **tensors: Tensor | None) -> None:
             f"{op} needs latents of shape (B, ...) with at least one element, but {first_name} has shape "
             f"{tuple(first.shape)}."
         )
+    shape, device = first.shape, first.device
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{op} takes float32, bfloat16, float16 and float64, but {name} is {_name(tensor.dtype)}.")
-        if tensor.shape != first.shape:
+        if tensor is first:
+            continue
+        if tensor.shape != shape:
             raise ValueError(
                 f"{op} needs tensors of one shape, but {first_name} has {tuple(first.shape)} and "
                 f"{name} has {tuple(tensor.shape)}."
             )
-        if tensor.device != first.device:
+        if tensor.device != device:
             raise ValueError(
                 f"{op} needs tensors on one device, but {first_name} is on {first.device} and {name} is on "
                 f"{tensor.device}."
@@ -55,7 +58,7 @@ def check_writable(op: str, to_name: str, to: Tensor, source_name: str, source: 
             f"{op} needs {to_name} and {source_name} alike, but {to_name} is {tuple(to.shape)} on {to.device} and "
             f"{source_name} {tuple(source.shape)} on {source.device}."
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(to.stride(), to.shape, strict=True)):
+    if 0 in to.stride() and any(not stride and size > 1 for stride, size in zip(to.stride(), to.shape, strict=True)):
         raise ValueError(f"{op} cannot write to an expanded {to_name}: its elements share memory.")
 
 
@@ -79,7 +82,10 @@ def check_draws(op: str, seed: int, offset: int, count: int) -> None:
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype of the arithmetic: float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def per_sample(op: str, name: str, value: PerSample, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,15 +94,18 @@ def per_sample(op: str, name: str, value: PerSample, like: Tensor, dtype: torch.
     Raises:
         ValueError: if `value` is a tensor of another shape than () or (B,).
     """
-    batch = like.shape[0]
     if not isinstance(value, Tensor):
-        return torch.full((batch,), float(value), dtype=dtype, device=like.device)
-    _check_per_sample(op, name, value, batch)
+        return torch.full((like.shape[0],), float(value), dtype=dtype, device=like.device)
+    _check_per_sample(op, name, value, like.shape[0])
+    return _of_each_sample(value, like, dtype)
+
+
+def _of_each_sample(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     if value.requires_grad:
         value = value.detach()
-    if value.dtype != dtype or value.device != like.device:
+    if value.dtype is not dtype or value.device != like.device:
         value = value.to(device=like.device, dtype=dtype)
-    return (value if value.ndim == 1 else value.expand(batch)).contiguous()
+    return (value if value.ndim == 1 else value.expand(like.shape[0])).contiguous()
 
 
 def sigma_difference(
@@ -109,8 +118,10 @@ def sigma_difference(
     Raises:
         ValueError: if a value is a tensor of another shape than () or (B,).
     """
-    first, second = (_exact(op, name, value, like) for name, value in zip(names, (first, second), strict=True))
-    return per_sample(op, "-".join(names), first - second, like, dtype)
+    difference = _exact(op, names[0], first, like) - _exact(op, names[1], second, like)
+    if not isinstance(difference, Tensor):
+        return torch.full((like.shape[0],), difference, dtype=dtype, device=like.device)
+    return _of_each_sample(difference, like, dtype)
 
 
 def _exact(op: str, name: str, value: PerSample, like: Tensor) -> PerSample:
@@ -139,7 +150,7 @@ def rows(values: Tensor) -> Tensor:
 
 
 def _check_per_sample(op: str, name: str, value: Tensor, batch: int) -> None:
-    if value.shape not in ((), (batch,)):
+    if value.ndim and value.shape != (batch,):
         raise ValueError(
             f"{op} needs {name} to be a number or a tensor of shape () or ({batch},), not {tuple(value.shape)}."
         )

@@ -59,6 +59,7 @@ class Setting:
 
 
 _BY_NAME = {name: Setting(name) for name in SETTINGS}
+_PLAIN = (Tensor, torch.nn.Parameter)
 _AUTOMATIC: dict[str, Backend] = {"cuda": "triton", "cpu": "native"}
 
 _override: ContextVar[Setting | None] = ContextVar("leap_kernels_backend", default=None)
@@ -79,15 +80,14 @@ def unsupported(backend: str, *tensors: Tensor) -> str | None:
     if backend == "reference":
         return None
     for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
+        if type(tensor) not in _PLAIN:
             return "an argument is a tensor subclass"
-        if tensor.dtype == torch.float64:
+        if tensor.dtype is torch.float64:
             return "float64 is computed by the reference"
-    device = tensors[0].device
     if backend == "triton":
-        return _triton.unavailable(device)
-    if device.type != "cpu":
-        return f"native kernels need CPU tensors and these are on {device.type}"
+        return _triton.unavailable(tensors[0].device)
+    if not tensors[0].is_cpu:
+        return f"native kernels need CPU tensors and these are on {tensors[0].device.type}"
     return _native.unavailable()
 
 
@@ -133,8 +133,9 @@ def choose(op: Op, *tensors: Tensor) -> Backend:
         BackendUnavailable: in strict mode, if the wanted backend cannot run the op.
         ValueError: if the environment variable LEAP_KERNELS names no backend.
     """
-    setting = _setting()
-    wanted = _wanted(setting, tensors[0].device)
+    setting = _override.get() or _of_the_process()
+    # Most calls are on the CPU by default: what a device is called takes longer to find out.
+    wanted: Backend = "native" if tensors[0].is_cpu and setting.name == "auto" else _wanted(setting, tensors[0].device)
     reason = op.eligible(wanted, *tensors)
     if reason is None:
         return wanted
@@ -175,10 +176,7 @@ def _describe_reference() -> str:
 
 
 def _setting() -> Setting:
-    override = _override.get()
-    if override is not None:
-        return override
-    return _of_the_process()
+    return _override.get() or _of_the_process()
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -89,7 +88,11 @@ def define_in_place(
             else:
                 op(*arguments)
             return
-        run(*arguments)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                run(*arguments)
+        else:
+            run(*arguments)
         # So that autograd notices, as it does after any op in place, if it had saved a tensor.
         torch.autograd.graph.increment_version(tuple(_tensors(arguments[:written])))
 
@@ -112,10 +115,13 @@ def _observed(arguments: tuple[Any, ...]) -> bool:
     """
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled():
         return True
-    plain = None
-    for tensor in _tensors(arguments):
-        plain = plain or _plain_keys(tensor.device.type)
-        if torch._C._dispatch_keys(tensor).raw_repr() != plain:
+    for argument in arguments:
+        if argument is None:
+            continue
+        if isinstance(argument, Tensor):
+            if torch._C._dispatch_keys(argument).raw_repr() not in _PLAIN and not _plain(argument):
+                return True
+        elif type(argument) is list and any(_observed((item,)) for item in argument if isinstance(item, Tensor)):
             return True
     return False
 
@@ -129,12 +135,16 @@ def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
             yield from argument
 
 
-@functools.cache
-def _plain_keys(device_type: str) -> int:
-    """Return the dispatch keys of a tensor that is just memory: no wrapper, no lazy view, no subclass."""
+_PLAIN: set[int] = set()
+"""Dispatch keys of tensors that are just memory, of the devices that have been met."""
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Say whether a tensor is just memory: no wrapper, no lazy view, no subclass."""
     with torch.inference_mode(False):
-        keys: int = torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr()
-    return keys
+        keys = torch._C._dispatch_keys(torch.empty(0, device=tensor.device)).raw_repr()
+    _PLAIN.add(keys)
+    return torch._C._dispatch_keys(tensor).raw_repr() == keys
 
 
 def _differentiable(

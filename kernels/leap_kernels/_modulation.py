@@ -11,6 +11,19 @@ from torch import Tensor
 
 from ._arguments import FLOATS
 
+STRIP = 4
+"""Rows of a program that sums nothing over rows."""
+SUMMED_STRIP = 64
+"""Most rows of a program that does: what it writes to be added later is then little beside what it reads."""
+_FEWEST_ROWS = 16
+_PROGRAMS = 256
+"""Enough to keep a GPU busy."""
+
+
+def summed_strip(batch: int, rows: int, programs_of_strip: int = 1) -> int:
+    """Return the rows of a program that sums over rows: fewer of a small tensor, whose programs would be too few."""
+    return SUMMED_STRIP if batch * rows * programs_of_strip >= SUMMED_STRIP * _PROGRAMS else _FEWEST_ROWS
+
 
 def check_rows(op: str, x: Tensor, other_name: str = "", other: Tensor | None = None) -> None:
     """Check that `x` is (B, ..., C) with at least one element, and that `other`, if given, is like it.
@@ -36,8 +49,8 @@ def check_vector(op: str, name: str, vector: Tensor, x: Tensor) -> None:
     Raises:
         ValueError: on a wrong dtype or device, or a shape other than (B, C) and (B, 1, ..., C).
     """
-    shape = vector.shape
-    if len(shape) < 2 or shape[0] != x.shape[0] or shape[-1] != x.shape[-1] or vector.numel() != shape[0] * shape[-1]:
+    shape, rows = vector.shape, x.shape
+    if len(shape) < 2 or shape[0] != rows[0] or shape[-1] != rows[-1] or vector.numel() != shape[0] * shape[-1]:
         raise ValueError(
             f"{op} needs {name} of shape ({x.shape[0]}, {x.shape[-1]}), or with ones in between, for x of shape "
             f"{tuple(x.shape)}, not {tuple(shape)}. For a {name} of each token, make the tokens the batch."
@@ -51,7 +64,7 @@ def check_vector(op: str, name: str, vector: Tensor, x: Tensor) -> None:
 
 def sizes(x: Tensor) -> tuple[int, int, int]:
     """Return batch, rows of a sample and width of `x` (B, ..., C)."""
-    batch, width = x.shape[0], x.shape[-1]
+    batch, *_, width = x.shape
     return batch, x.numel() // (batch * width), width
 
 
@@ -62,9 +75,11 @@ def in_rows(x: Tensor) -> Tensor:
 
 def strided(vector: Tensor) -> tuple[Tensor, int]:
     """Return a vector for each sample and the elements between them; a chunk of a wider tensor is not copied."""
-    if vector.stride(-1) != 1 and vector.shape[-1] > 1:
+    strides = vector.stride()
+    if strides[-1] != 1 and vector.shape[-1] > 1:
         vector = vector.contiguous()
-    return vector, vector.stride(0)
+        strides = vector.stride()
+    return vector, strides[0]
 
 
 def like_vector(vector: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ _SIGNATURES |= {
     "leap_swiglu": [*_VECTOR, *_VECTOR, _POINTER, _INT64, _INT64, _INT32],
     "leap_swiglu_backward": [_POINTER, *_VECTOR, *_VECTOR, *[_POINTER] * 2, *_ROWS, _INT32],
 }
+_NUMBERS = frozenset((int, float, bool, type(None)))
 _ERRORS = {-1: "unknown dtype", -2: "out of memory"}
 
 
@@ -68,12 +70,20 @@ def call(function: str, *arguments: Tensor | torch.dtype | float | None) -> None
     Raises:
         RuntimeError: if the function reports an error.
     """
+    # To ask a number whether it is a tensor takes longer than to ask whether it is a number.
     plain = [
-        a.data_ptr() if isinstance(a, Tensor) else DTYPES[a] if isinstance(a, torch.dtype) else a for a in arguments
+        a if type(a) in _NUMBERS else DTYPES[a] if isinstance(a, torch.dtype) else a.data_ptr()  # type: ignore[union-attr]
+        for a in arguments
     ]
-    status = getattr(_library(), function)(*plain, torch.get_num_threads())
+    status = _function(function)(*plain, torch.get_num_threads())
     if status != 0:
         raise RuntimeError(f"{function} failed: {_ERRORS.get(status, status)}.")
+
+
+@functools.cache
+def _function(name: str) -> Callable[..., int]:
+    function: Callable[..., int] = getattr(_library(), name)
+    return function
 
 
 def _library() -> ctypes.CDLL:

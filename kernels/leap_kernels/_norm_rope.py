@@ -22,7 +22,7 @@ class Rotation(NamedTuple):
 
     def part(self, first: int, end: int) -> Rotation:
         """Return the same for tokens `first` to `end`."""
-        if self.cos is None or self.sin is None:
+        if self.cos is None or self.sin is None or (first == 0 and end == self.cos.shape[-2]):
             return self
         return self._replace(cos=self.cos[..., first:end, :], sin=self.sin[..., first:end, :])
 
@@ -30,7 +30,10 @@ class Rotation(NamedTuple):
         """Return the tables, contiguous and in `dtype`, and the elements from one of their samples to the next."""
         if self.cos is None or self.sin is None:
             return None, None, 0
-        cos, sin = self.cos.to(dtype).contiguous(), self.sin.to(dtype).contiguous()
+        cos, sin = (
+            table if table.dtype is dtype and table.is_contiguous() else table.to(dtype).contiguous()
+            for table in (self.cos, self.sin)
+        )
         return cos, sin, cos.stride(0) if cos.ndim == 3 else 0
 
 

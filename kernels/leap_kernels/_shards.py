@@ -1,7 +1,8 @@
 """Ops on tensors that are spread over processes (`torch.distributed.tensor.DTensor`): each process takes its part.
 
 That is right for an op of single elements however a tensor is divided, and for an op of whole samples where no sample
-is. Other ops, and tensors divided in different ways, are refused by name: nothing is gathered unasked.
+is. Other ops, lists of such tensors, and tensors divided in different ways, are refused by name: nothing is gathered
+unasked.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ Unit = Literal["element", "sample", "batch"]
 
 
 def spread(arguments: tuple[Any, ...]) -> bool:
-    """Say whether an argument is a DTensor."""
+    """Say whether an argument, or a tensor in a list of them, is a DTensor."""
     kind = _dtensor()
-    return kind is not None and any(isinstance(argument, kind) for argument in arguments)
+    return kind is not None and (any(isinstance(argument, kind) for argument in arguments) or _listed(kind, arguments))
 
 
 def on_parts(name: str, unit: Unit, run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -28,9 +29,11 @@ def on_parts(name: str, unit: Unit, run: Callable[..., Any], arguments: tuple[An
     Other tensors hold one number for each sample, and are the same in every process.
 
     Raises:
-        TypeError: where parts alone do not do, or tensors are divided in different ways.
+        TypeError: where parts alone do not do, tensors are divided in different ways, or lists hold such tensors.
     """
     kind = _dtensor()
+    if _listed(kind, arguments):
+        raise TypeError(f"{name} takes lists of tensors that one process holds: pass to_local() of each DTensor.")
     first = next(argument for argument in arguments if isinstance(argument, kind))
     mesh, placements = first.device_mesh, first.placements
     for argument in arguments:
@@ -63,6 +66,11 @@ def on_parts(name: str, unit: Unit, run: Callable[..., Any], arguments: tuple[An
     if isinstance(results, tuple):
         return tuple(joined(result) for result in results)
     return None if results is None else joined(results)
+
+
+def _listed(kind: Any, arguments: tuple[Any, ...]) -> bool:
+    lists = [argument for argument in arguments if isinstance(argument, list)]
+    return any(isinstance(tensor, kind) for tensors in lists for tensor in tensors)
 
 
 def _fits(placement: Any, unit: Unit) -> bool:

@@ -37,6 +37,16 @@ class KernelSpec:
     """Dtypes of the latents that the kernel takes."""
     per_group: tuple[str, ...] = ()
     """Arguments with one number for many elements: too few bytes for the width of their accesses to matter."""
+    common: tuple[str, ...] = ()
+    """Arguments that many programs read, from caches but for the first: they count neither as bytes moved nor least."""
+    shaped: tuple[str, ...] = ()
+    """Constants that follow from the shape; here they are those of the shape that `audit` launches."""
+    programs: int = 17
+    """Programs of a sample in the audit; no multiple of 16, for which Triton would compile a version of its own."""
+    sums_only: bool = False
+    """Whether it works on sums of many elements: too few bytes for their count to matter."""
+    stochastic: tuple[str, ...] = ()
+    """Arguments that are rounded stochastically to 16 bits; all others are to nearest, ties to even."""
     fp_fusion: bool = True
     """Whether the compiler may round a product and a sum as one."""
     row: tuple[str, ...] = ()

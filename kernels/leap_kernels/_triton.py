@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +69,24 @@ def unavailable(device: torch.device) -> str | None:
         return MISSING
     if device.type != "cuda" and not INTERPRETER:
         return f"Triton needs a GPU and the tensors are on {device.type} (TRITON_INTERPRET=1 would interpret)"
+    return _UNFIT
+
+
+def unfit(triton_version: str, numpy_version: str) -> str | None:
+    """Say why an interpreter cannot run kernels whose loops end where an argument says, or return None if it can.
+
+    It has NumPy make such an end an integer of an array of one number, which NumPy does no more.
+    """
+    if _release(triton_version) < (3, 7) and _release(numpy_version) >= (2, 4):
+        return f"the interpreter of Triton {triton_version} needs NumPy below 2.4, not {numpy_version}, or Triton 3.7"
     return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+_UNFIT = unfit(triton.__version__, importlib.metadata.version("numpy")) if INTERPRETER else None
 
 
 def describe() -> str:

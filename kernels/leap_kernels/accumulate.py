@@ -72,7 +72,6 @@ def _run(total: Tensor, value: Tensor) -> None:
 _add = define_in_place("accumulate_(Tensor(a!) total, Tensor value) -> ()", _run, unit="element")
 
 
-@torch.no_grad()
 def accumulate_(total: Tensor, value: Tensor) -> Tensor:
     """Set `total` to `total + value`, and return it.
 

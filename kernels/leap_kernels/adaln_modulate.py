@@ -15,12 +15,22 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._adaln_triton import LONGEST, STRIP, SUMMED_STRIP, adaln_backward_kernel, adaln_kernel, block_and_warps
+from ._adaln_triton import LONGEST, adaln_backward_kernel, adaln_kernel, block_and_warps
 from ._arguments import compute_dtype
 from ._dispatch import choose, current, register, resumed, unsupported
 from ._first_order import define_gradient
 from ._library import define
-from ._modulation import check_rows, check_vector, in_rows, like_vector, nothing, sizes, strided
+from ._modulation import (
+    STRIP,
+    check_rows,
+    check_vector,
+    in_rows,
+    like_vector,
+    nothing,
+    sizes,
+    strided,
+    summed_strip,
+)
 from ._triton import triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -85,7 +95,7 @@ def triton_backward(
     batch, rows, width = sizes(x)
     grad_x = torch.empty_like(x)
     vectors, scale_stride = strided(scale)
-    strip = SUMMED_STRIP if sums else STRIP
+    strip = summed_strip(batch, rows) if sums else STRIP
     strips = triton.cdiv(rows, strip)
     partial = statistics.new_empty(2, batch, strips, width) if sums else statistics
     block, warps = block_and_warps(width, sums)

@@ -225,6 +225,7 @@ def adamw_8bit_step_many_(
     Raises:
         ValueError: on lists of different lengths or tensors on different devices, and where `adamw_8bit_step_` raises
             it for one of the parameters.
+        TypeError: on DTensors.
         BackendUnavailable: in strict mode, if the backend asked for cannot run.
     """
     op = "adamw_8bit_step_many_"

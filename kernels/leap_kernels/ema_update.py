@@ -74,7 +74,6 @@ def _run(average: Tensor, weights: Tensor, decay: float) -> None:
 _update = define_in_place("ema_update_(Tensor(a!) average, Tensor weights, float decay) -> ()", _run, unit="element")
 
 
-@torch.no_grad()
 def ema_update_(average: Tensor, weights: Tensor, decay: float) -> Tensor:
     """Set `average` to `average + (1 - decay) * (weights - average)`, and return it.
 

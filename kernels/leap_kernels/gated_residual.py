@@ -17,7 +17,17 @@ from ._arguments import compute_dtype
 from ._dispatch import choose, current, register, resumed, unsupported
 from ._first_order import define_gradient
 from ._library import define
-from ._modulation import check_rows, check_vector, in_rows, like_vector, nothing, sizes, strided
+from ._modulation import (
+    STRIP,
+    check_rows,
+    check_vector,
+    in_rows,
+    like_vector,
+    nothing,
+    sizes,
+    strided,
+    summed_strip,
+)
 from ._triton import jit, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -45,7 +55,6 @@ def reference_backward(grad: Tensor, gate: Tensor, y: Tensor | None, dtype: torc
 # ---- Triton ------------------------------------------------------------------------------------------------
 
 BLOCK = 1024
-STRIP, SUMMED_STRIP = 4, 32
 
 
 @jit
@@ -124,12 +133,13 @@ def triton_backward(grad: Tensor, gate: Tensor, y: Tensor | None, dtype: torch.d
     batch, rows, width = sizes(grad)
     grad_y = nothing(grad) if dtype is None else torch.empty_like(grad, dtype=dtype)
     vectors, gate_stride = strided(gate)
-    strip = STRIP if y is None else SUMMED_STRIP
+    blocks = triton.cdiv(width, BLOCK)
+    strip = STRIP if y is None else summed_strip(batch, rows, blocks)
     strips = triton.cdiv(rows, strip)
     partial = grad.new_empty((batch, strips, width) if y is not None else 0, dtype=torch.float32)
     with torch.cuda.device_of(grad):
         # Where a gradient is not wanted, nothing reads or writes its stand-ins.
-        gated_backward_kernel[(batch * strips * triton.cdiv(width, BLOCK),)](
+        gated_backward_kernel[(batch * strips * blocks,)](
             *(grad, vectors, grad if y is None else y.contiguous(), partial, grad_y),
             *(rows, strips, width, gate_stride, y is not None, dtype is not None, strip, BLOCK),
         )

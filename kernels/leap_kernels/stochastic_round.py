@@ -170,7 +170,6 @@ def _run(dst: Tensor, src: Tensor, seed: int, offset: int) -> None:
 _round = define_in_place("stochastic_round_(Tensor(a!) dst, Tensor src, SymInt seed, SymInt offset) -> ()", _run)
 
 
-@torch.no_grad()
 def stochastic_round_(dst: Tensor, src: Tensor, seed: int, offset: int) -> Tensor:
     """Write `src`, rounded stochastically to bfloat16, into `dst`, and return `dst`.
 

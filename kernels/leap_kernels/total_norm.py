@@ -117,6 +117,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
     Raises:
         ValueError: on a wrong dtype, or tensors on different devices.
+        TypeError: on DTensors.
         BackendUnavailable: in strict mode, if the backend asked for cannot run.
     """
     for tensor in tensors:

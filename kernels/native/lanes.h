@@ -179,6 +179,45 @@ struct Streamed : Whole {
 struct Part {
   int64_t count;
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  // Registers are read and written under a mask: through memory, a load would wait for the stores before it.
+  template <class Vector, int64_t COUNT>
+  void read(const void* from, Parts<Vector, COUNT>& raw) const {
+    const char* bytes = static_cast<const char*>(from);
+    raw = each<COUNT>([&](int64_t p) {
+      const uint32_t mask = halves_in<Vector, COUNT>(p);
+      const char* at = bytes + p * static_cast<int64_t>(sizeof(Vector));
+      if constexpr (sizeof(Vector) == 64) return bits<Vector>(_mm512_maskz_loadu_epi16(mask, at));
+      if constexpr (sizeof(Vector) == 32) {
+        return bits<Vector>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), at));
+      }
+    });
+  }
+  template <class Vector, int64_t COUNT>
+  void write(void* to, const Parts<Vector, COUNT>& raw) const {
+    char* bytes = static_cast<char*>(to);
+    each<COUNT>([&](int64_t p) {
+      const uint32_t mask = halves_in<Vector, COUNT>(p);
+      char* at = bytes + p * static_cast<int64_t>(sizeof(Vector));
+      if constexpr (sizeof(Vector) == 64) _mm512_mask_storeu_epi16(at, mask, bits<__m512i>(raw.part[p]));
+      if constexpr (sizeof(Vector) == 32) {
+        _mm256_mask_storeu_epi16(at, static_cast<__mmask16>(mask), bits<__m256i>(raw.part[p]));
+      }
+      return 0;
+    });
+  }
+
+ private:
+  // A bit for every two bytes of register p that belong to the elements.
+  template <class Vector, int64_t COUNT>
+  uint32_t halves_in(int64_t p) const {
+    constexpr int64_t HALVES = static_cast<int64_t>(sizeof(Vector)) / 2;
+    static_assert(HALVES * COUNT % STEP == 0, "elements of two bytes or more");
+    const int64_t there = count * (HALVES * COUNT / STEP) - p * HALVES;
+    const int64_t within = there < 0 ? 0 : there > HALVES ? HALVES : there;
+    return static_cast<uint32_t>((uint64_t{1} << within) - 1);
+  }
+#else
   template <class Raw>
   void read(const void* from, Raw& raw) const {
     char padded[sizeof(raw)] = {};
@@ -191,6 +230,7 @@ struct Part {
     Whole{}.write(padded, raw);
     std::memcpy(to, padded, sizeof(raw) / STEP * static_cast<uint64_t>(count));
   }
+#endif
 };
 
 template <class T, class Extent>

@@ -70,6 +70,7 @@ template <class Body>
 // The tables of a token for every element: x cos + partner sin.
 struct Rotation {
   Head cos, sin;
+  int64_t at = -1;
 
   void set(const float* cosine, const float* sine, int64_t half, Pairing pairing) {
     for (int64_t i = 0; i < half; ++i) {
@@ -176,15 +177,27 @@ Head weights(const float* weight, int64_t width) {
   return head;
 }
 
+// The sample and the token of a number. Where samples share tables, those of a token stand behind each other.
+struct Place {
+  int64_t sample, token;
+
+  Place(const NormRope& call, int64_t number)
+      : sample(call.table_batch == 0 ? number % call.batch : number / call.tokens),
+        token(call.table_batch == 0 ? number / call.batch : number % call.tokens) {}
+};
+
 template <class T>
-const typename T::Element* row(const Heads& heads, int64_t sample, int64_t token) {
-  return static_cast<const typename T::Element*>(heads.data) + sample * heads.batch + token * heads.token;
+const typename T::Element* row(const Heads& heads, const Place& place) {
+  return static_cast<const typename T::Element*>(heads.data) + place.sample * heads.batch + place.token * heads.token;
 }
 
+// Sets the rotation to that of a place, if it was not there already.
 template <Pairing PAIRING>
-void turn(Rotation& rotation, const NormRope& call, int64_t sample, int64_t token) {
+void turn(Rotation& rotation, const NormRope& call, const Place& place) {
   if constexpr (PAIRING != Pairing::none) {
-    const int64_t half = call.width / 2, at = sample * call.table_batch + token * half;
+    const int64_t half = call.width / 2, at = place.sample * call.table_batch + place.token * half;
+    if (rotation.at == at) return;
+    rotation.at = at;
     rotation.set(call.cos + at, call.sin + at, half, PAIRING);
   }
 }
@@ -201,10 +214,10 @@ int32_t forward_all(const NormRope& call) {
     Head scratch, partner;
 #pragma omp for schedule(static) nowait
     for (int64_t number = 0; number < tokens.count; ++number) {
-      const int64_t sample = number / call.tokens, token = number % call.tokens;
-      turn<PAIRING>(rotation, call, sample, token);
-      const auto* x = row<T>(call.x, sample, token);
-      auto* to = out + sample * call.out_batch + token * call.out_token;
+      const Place place(call, number);
+      turn<PAIRING>(rotation, call, place);
+      const auto* x = row<T>(call.x, place);
+      auto* to = out + place.sample * call.out_batch + place.token * call.out_token;
       for (int64_t head = 0; head < call.heads; ++head) {
         forward<T, PAIRING>(x + head * call.x.head, weight, rotation, scratch, partner, to + head * call.width, shape);
       }
@@ -231,11 +244,11 @@ int32_t backward_all(const NormRope& call) {
       Head at_weight;
       const int64_t end = smaller(tokens.count, (block + 1) * tokens.of_block);
       for (int64_t number = block * tokens.of_block; number < end; ++number) {
-        const int64_t sample = number / call.tokens, token = number % call.tokens;
-        turn<PAIRING>(rotation, call, sample, token);
-        const auto* grad = row<T>(call.grad, sample, token);
-        const auto* x = row<T>(call.x, sample, token);
-        auto* to = out + number * call.heads * call.width;
+        const Place place(call, number);
+        turn<PAIRING>(rotation, call, place);
+        const auto* grad = row<T>(call.grad, place);
+        const auto* x = row<T>(call.x, place);
+        auto* to = out + (place.sample * call.tokens + place.token) * call.heads * call.width;
         for (int64_t head = 0; head < call.heads; ++head) {
           backward<T, PAIRING, WEIGHT_WANTED>(grad + head * call.grad.head, x + head * call.x.head, weight, rotation,
                                               scratch, to + head * call.width, at_weight, shape);

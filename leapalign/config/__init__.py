@@ -1,14 +1,15 @@
 """The run's configuration: one YAML file, validated into dataclasses, any key overridable as ``section.key=value``."""
 
 from leapalign.config.files import config_from, load_config, override, read_config, save_config
+from leapalign.config.kernels import KernelsConfig
 from leapalign.config.measuring import DiagnosticsConfig, EvaluateConfig, SamplesConfig, WatchConfig
+from leapalign.config.memory import MemoryConfig
 from leapalign.config.sections import (
     HOST_OPTIMIZERS,
     CfgGradient,
     CheckpointConfig,
     Config,
     EmaConfig,
-    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     PromptsConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "DiagnosticsConfig",
     "EmaConfig",
     "EvaluateConfig",
+    "KernelsConfig",
     "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",

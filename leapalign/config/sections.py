@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from leapalign.config.kernels import KernelsConfig
 from leapalign.config.measuring import DiagnosticsConfig, EvaluateConfig, SamplesConfig, WatchConfig
-from leapalign.config.quantization import refuse_quantization
+from leapalign.config.memory import MemoryConfig
 from leapalign.inputs.bounds import (
     Decay,
     FiniteFloat,
@@ -157,25 +158,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
-    optimizer: Literal["device", "host"] = "device"
-    """Where gradients add up, moments live and the step is taken. On the host, it needs the weights there, too, which
-    the device then copies."""
-    weights: Literal["resident", "streamed"] = "resident"
-    """All weights on the device; or blocks copied from host memory as they are needed (with optimizer: host)."""
-    stream_buffers: Annotated[int, Field(ge=2, le=1000)] = 3
-    """Blocks on the device at a time, for streamed weights."""
-    checkpointing: Literal["none", "blocks", "attention"] = "none"
-    """What the backward pass recomputes instead of keeping: nothing, blocks, or blocks but for their attention."""
-    checkpoint_every: PositiveInt = 1
-    """Of the blocks, every so many-th is recomputed."""
-    checkpoint_decoder: bool = False
-    """Recompute the VAE decoder's blocks, too."""
-    attention: Literal["auto", "native", "flash", "_flash_3", "xformers"] = "auto"
-    """Attention kernel, by diffusers' names; auto: the fastest that works here."""
-
-
-@dataclass(frozen=True)
 class CheckpointConfig:
     every: PositiveInt = 100
     """Iterations between checkpoints; the last iteration is always saved."""
@@ -214,6 +196,7 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -232,7 +215,6 @@ class Config:
                 "at model.true_cfg_scale 0 all gradient is the negative prompt's; set model.cfg_gradient to full"
             )
         self._check_memory()
-        refuse_quantization(self.model, self.memory)
         if self.model.lora_alpha is not None and not self.model.adapted:
             raise ValueError("model.lora_alpha scales adapters; set model.lora_rank, too")
         if self.model.lora_targets and not self.model.adapted:
@@ -290,6 +272,13 @@ class Config:
                 "diagnostics.true_gradient_every compares gradients of the reward alone; set it to 0, or "
                 "regularization.base_velocity to 0"
             )
+        if self.model.quantization and not self.model.adapted:
+            raise ValueError(
+                "model.quantization rounds weights that stay frozen; train adapters (model.lora_rank), or set it to "
+                "null"
+            )
+        if self.model.quantization and memory.weights == "streamed":
+            raise ValueError("quantized weights are not streamed; set memory.weights to resident")
         if memory.weights == "streamed" and self.model.compile:
             raise ValueError("compiled blocks cannot be streamed; set model.compile to false")
         if memory.weights == "streamed" and (memory.checkpointing != "blocks" or memory.checkpoint_every != 1):

@@ -16,6 +16,7 @@ from leapalign.config import Config, SigmaSpacing
 from leapalign.inputs.validation import UserError, brief
 from leapalign.memory.placement import place_for_sampling, training_device
 from leapalign.models import load_model
+from leapalign.models.patching import patch_networks
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity, require_fit
 from leapalign.models.weights import load_weights
@@ -34,6 +35,7 @@ def sampling_model(config: Config, weights: Path | None) -> FlowModel:
             load_weights(model.transformer, weights)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(f"'{weights}' does not fit '{config.model.path}' ({brief(error)}); check model") from None
+    patch_networks(model, config.kernels)
     place_for_sampling(model, config.memory, training_device())
     return model
 

@@ -26,23 +26,26 @@ class HostGradients:
                 p: torch.zeros_like(p, dtype=torch.float32, device="cpu") for p in parameters
             }
             self._to_host = ToHost(device, parameters)
+        self._given: set[Tensor] = set()
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """A `leapalign.surrogate.GradientSink`. Raises what adding an earlier gradient raised."""
         note_traffic("to_host", gradient.nbytes)
         note_host_work(2 * self._sums[parameter].nbytes + gradient.nbytes)
+        self._given.add(parameter)
         self._to_host.send(gradient, partial(accumulate_, self._sums[parameter]))
 
     def wait(self) -> None:
         """Returns when the sums are complete; raises what adding a gradient raised."""
         self._to_host.wait()
 
-    def __getitem__(self, parameter: nn.Parameter) -> Tensor:
-        """The sum, shape of the parameter, float32; complete after `wait`."""
-        return self._sums[parameter]
+    def __getitem__(self, parameter: nn.Parameter) -> Tensor | None:
+        """The sum, shape of the parameter, float32; complete after `wait`. None where there was no gradient."""
+        return self._sums[parameter] if parameter in self._given else None
 
     def clear(self) -> None:
         """Begins anew."""
-        for total in self._sums.values():
-            total.zero_()
-            note_host_work(total.nbytes)
+        for parameter in self._given:
+            self._sums[parameter].zero_()
+            note_host_work(self._sums[parameter].nbytes)
+        self._given.clear()

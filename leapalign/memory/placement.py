@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from torch import nn
 from leapalign.config import MemoryConfig
 from leapalign.memory.attention import set_attention
 from leapalign.memory.checkpointing import prepare_decoder, prepare_model
+from leapalign.memory.host_rewards import HostReward
 from leapalign.memory.host_weights import HostWeights
 
 
@@ -38,10 +39,8 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def place(
-    model: Placeable, rewards: Sequence[object], config: MemoryConfig, device: torch.device
-) -> HostWeights | None:
-    """Moves ``model`` and ``rewards`` to ``device``, or the weights that are trained to host memory.
+def place(model: Placeable, config: MemoryConfig, device: torch.device) -> HostWeights | None:
+    """Moves ``model`` to ``device``, or the weights that are trained to host memory.
 
     Returns what keeps the device's copies of host weights, None for weights on the device. Raises UserError for an
     attention backend that does not work here, and for models that cannot recompute blocks.
@@ -49,8 +48,6 @@ def place(
     set_attention(model.transformer, config.attention, device, next(model.transformer.parameters()).dtype)
     prepare_model(model.transformer, model.decoder, config)
     model.device = device
-    for reward in rewards:
-        place_reward(reward, device)
     if model.decoder is not None:
         _move(model.decoder, device)
     if config.optimizer == "device" and config.weights == "resident":
@@ -67,7 +64,7 @@ def place_for_sampling(model: Placeable, config: MemoryConfig, device: torch.dev
     Raises UserError for an attention backend that does not work here.
     """
     residence = config if config.weights == "streamed" else replace(config, optimizer="device")
-    place(model, (), replace(residence, checkpointing="none", checkpoint_decoder=False), device)
+    place(model, replace(residence, checkpointing="none", checkpoint_decoder=False), device)
 
 
 def place_for_climbing(model: Placeable, rewards: Sequence[object], config: MemoryConfig, device: torch.device) -> None:
@@ -83,6 +80,17 @@ def place_for_climbing(model: Placeable, rewards: Sequence[object], config: Memo
         place_reward(reward, device)
     if model.decoder is not None:
         _move(model.decoder, device)
+
+
+def lender(
+    reward: object, config: MemoryConfig, device: torch.device
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Moves ``reward`` to ``device``, or its weights to host memory, and returns what has them on ``device`` for a
+    block. Raises UserError where host memory cannot be pinned."""
+    if config.rewards == "host" and isinstance(reward, nn.Module):
+        return HostReward(reward, device).lent
+    place_reward(reward, device)
+    return contextlib.nullcontext
 
 
 def place_reward(reward: object, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from leapalign.config import Config, config_from, override
 from leapalign.inputs.validation import UserError
 from leapalign.memory.residency import Stage, watched
+from leapalign.planning.allowance import allowance
 from leapalign.planning.simulate import Simulation, gib, simulate
 from leapalign.trainer import Trainer
 
@@ -36,8 +37,13 @@ POLICIES: tuple[Settings, ...] = tuple(
     for name, every in (("none", 1), ("blocks", 4), ("blocks", 2), ("attention", 1), ("blocks", 1))
 )
 SMALLEST: Settings = ("rollout.batch_size=1", "train.microbatch=1", *REWARD[-1], *POLICIES[-1])
-FILLED = 0.92
-"""Share of the memory that tensors may take. The rest is for the allocator's gaps, libraries and the screen."""
+FILLED = 0.95
+"""Share that tensors may take of what is left beside the allowance. The rest is for the allocator's gaps."""
+
+
+def for_tensors(gpu_memory: int) -> int:
+    """Bytes that tensors may take of a card sold with ``gpu_memory``."""
+    return int((gpu_memory - allowance(gpu_memory)) * FILLED)
 
 
 def fastest(
@@ -47,7 +53,7 @@ def fastest(
 
     note: is told of each simulation. Raises UserError where nothing fits.
     """
-    search = _Search(config, int(gpu_memory * FILLED), note)
+    search = _Search(config, for_tensors(gpu_memory), note)
     place = search.place()
     batch = search.batch(place)
     policies = POLICIES[-1:] if "memory.weights=streamed" in place else POLICIES
@@ -85,8 +91,8 @@ def _until(end: Stage | None) -> Callable[[Trainer], Any]:
 class _Search:
     """Simulations of one configuration under various settings."""
 
-    def __init__(self, config: Config, gpu_memory: int, note: Callable[[str], None]) -> None:
-        self._config, self._gpu_memory, self._note = config, gpu_memory, note
+    def __init__(self, config: Config, room: int, note: Callable[[str], None]) -> None:
+        self._config, self._room, self._note = config, room, note
         self._found: dict[tuple[str, Stage | None], Simulation] = {}
 
     def applied(self, settings: Settings) -> Config:
@@ -108,13 +114,13 @@ class _Search:
             # What lives throughout may be too much already, which a rollout shows.
             for end in ("reward", None):
                 found = self.simulated(settings, end)
-                if found.device_peak > self._gpu_memory:
+                if found.device_peak > self._room:
                     break
             else:
                 return place
         raise UserError(
-            f"nothing fits {gib(self._gpu_memory)} GiB: with everything on the host and one image at a time it takes "
-            f"{gib(found.device_peak)} GiB; reduce the size of the images"
+            f"nothing fits: tensors may take {gib(max(self._room, 0))} GiB of this memory, and with everything on the "
+            f"host and one image at a time they take {gib(found.device_peak)} GiB; reduce the size of the images"
         )
 
     def batch(self, place: Settings) -> Settings:
@@ -124,7 +130,7 @@ class _Search:
             batch = f"rollout.batch_size={size}"
             least = max(peak.total + (size - 1) * peak.by_role.get("latents", 0) for peak in one.values())
             settings = (*place, *SMALLEST, batch)
-            if least <= self._gpu_memory and self.simulated(settings, "reward").device_peak <= self._gpu_memory:
+            if least <= self._room and self.simulated(settings, "reward").device_peak <= self._room:
                 break
         return (batch,)
 
@@ -135,7 +141,7 @@ class _Search:
             settings = (*fixed, f"train.microbatch={size}")
             # Not all that counts as activations grows; where this is too much by far, nothing has to be run.
             least = one.total + 0.9 * (size - 1) * one.by_role.get("activations", 0)
-            if size == 1 or (least <= self._gpu_memory and self.simulated(settings).device_peak <= self._gpu_memory):
+            if size == 1 or (least <= self._room and self.simulated(settings).device_peak <= self._room):
                 break
         return settings
 
@@ -150,7 +156,7 @@ class _Search:
             tried = [setting for name, ladder in ladders.items() for setting in ladder[middle[name]]]
             found = self.simulated((*fixed, *tried), "optimizer")
             for name in ladders:
-                if found.device[name].total <= self._gpu_memory:
+                if found.device[name].total <= self._room:
                     high[name] = middle[name]
                 else:
                     low[name] = middle[name] + 1

@@ -9,6 +9,7 @@ from typing import Any
 from leapalign.config import Config
 from leapalign.inputs.validation import UserError
 from leapalign.memory.residency import Role, Stage
+from leapalign.planning.allowance import allowance
 from leapalign.planning.ledger import Peak
 from leapalign.planning.simulate import GPUS, HOST_BANDWIDTH, Simulation, gib, step_seconds
 from leapalign.reports.pages import text_table
@@ -29,6 +30,8 @@ def summary(found: Simulation, probe: Peak, gpu_memory: int, config: Config) -> 
     """What `leapalign memory --json` prints; probe: a step of `leapalign probe`."""
     return {
         "device_peak_bytes": found.device_peak,
+        "device_reserved_bytes": found.reserved,
+        "allowance_bytes": allowance(gpu_memory),
         "host_peak_bytes": found.host_peak,
         "trainable_parameters": found.trainable_parameters,
         "stages": {
@@ -45,14 +48,19 @@ def summary(found: Simulation, probe: Peak, gpu_memory: int, config: Config) -> 
         "flops": {name: int(count) for name, count in found.flops.items()},
         "seconds_computed_not_measured": {gpu: step_seconds(found, gpu) for gpu in GPUS},
         "gpu_memory_bytes": gpu_memory,
-        "fits": found.device_peak <= gpu_memory,
+        "fits": fits(found, gpu_memory),
         "advice": advice(found, gpu_memory, config),
     }
 
 
+def fits(found: Simulation, gpu_memory: int) -> bool:
+    """Whether a card sold with ``gpu_memory`` bytes has what the allocator reserves, and the allowance."""
+    return found.reserved + allowance(gpu_memory) <= gpu_memory
+
+
 def advice(found: Simulation, gpu_memory: int, config: Config) -> str | None:
     """The setting to change first, None where the configuration fits."""
-    if found.device_peak <= gpu_memory:
+    if fits(found, gpu_memory):
         return None
     name, peak = max(found.device.items(), key=lambda e: e[1].total)
     return change(name, peak.by_role, config)
@@ -67,6 +75,8 @@ def change(name: Stage, by_role: Mapping[Role, int], config: Config) -> str:
             return "set train.reward_chunk to 1: the reward stage is the largest"
         if not memory.checkpoint_decoder:
             return "set memory.checkpoint_decoder to true: the reward stage is the largest"
+    if role == "reward" and memory.rewards == "resident":
+        return "set memory.rewards to host: theirs are the largest part of the weights"
     if memory.checkpointing == "none":
         return "set memory.checkpointing to blocks: activations are kept whole"
     if name in ("sampling", "watch"):
@@ -86,10 +96,11 @@ def explanation(found: Simulation, probe: Peak, gpu_memory: int, config: Config)
     """The same for a reader."""
     rows = [_row(name, peak, found.host.get(name)) for name, peak in found.device.items()]
     rows.append(_row("leapalign probe", probe, None))
-    fits = "fits" if found.device_peak <= gpu_memory else "does not fit"
+    verdict = "fits" if fits(found, gpu_memory) else "does not fit"
     lines = [
-        f"{found.trainable_parameters:,} trainable parameters; device peak {gib(found.device_peak)} GiB {fits} "
-        f"{gib(gpu_memory)} GiB; host peak {gib(found.host_peak)} GiB",
+        f"{found.trainable_parameters:,} trainable parameters; device peak {gib(found.device_peak)} GiB, with the "
+        f"allocator's gaps {gib(found.reserved)}, and an allowance of {gib(allowance(gpu_memory))} for driver, context "
+        f"and libraries: {verdict} {gib(gpu_memory)} GiB; host peak {gib(found.host_peak)} GiB",
         "",
         text_table(("stage", "GiB", "host, GiB", "of the device's, at that moment"), rows),
         "",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from leapalign.memory.residency import HOST, ROLE, STAGE, Role, Stage
+from leapalign.planning.caching_allocator import Event
 from leapalign.planning.quantized import is_product, product
 
 
@@ -39,6 +41,7 @@ class _Known:
     size: int
     side: _Side
     role: Role
+    number: int
 
 
 class StorageLedger(TorchDispatchMode):
@@ -52,7 +55,10 @@ class StorageLedger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.device, self.host = _Side(), _Side()
+        self.events: list[Event] = []
+        """Storages on the device, as they came and went."""
         self._known: dict[int, _Known] = {}
+        self._numbers = itertools.count()
 
     @property
     def live(self) -> int:
@@ -63,18 +69,39 @@ class StorageLedger(TorchDispatchMode):
         return max((peak.total for peak in self.device.peaks.values()), default=0)
 
     def exclude(self, *tensors: Tensor) -> None:
-        """Storages that were there before: operations may return views of them."""
+        """Storages that are not counted, or no more: operations may return views of them."""
         for tensor in tensors:
-            self._enter(tensor.untyped_storage(), 0, self.device, ROLE.get())
+            storage = tensor.untyped_storage()
+            self._leave(storage._cdata)
+            self._enter(storage, 0, self.device, ROLE.get())
 
     def count(self, *tensors: Tensor, role: Role, host: bool = False) -> None:
         """Counts tensors as ``role``, whatever they were counted as."""
+        side = self.host if host else self.device
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            known = self._known.pop(storage._cdata, None)
-            if known is not None:
-                self._add(known.side, known.role, -known.size)
-            self._enter(storage, storage.nbytes(), self.host if host else self.device, role)
+            known = self._known.get(storage._cdata)
+            if known is not None and known.side is side and known.size == storage.nbytes():
+                self._add(side, known.role, -known.size)
+                known.role = role
+                self._add(side, role, known.size)
+                continue
+            self._leave(storage._cdata)
+            self._enter(storage, storage.nbytes(), side, role)
+
+    def count_gradient(self, parameter: Tensor) -> None:
+        """Counts the gradient of ``parameter``, if it has one, which was just added to.
+
+        Fake tensors' sum is a new one, that of real tensors is in place; in ``events`` it is so for both.
+        """
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        self.count(gradient, role="gradients")
+        known = self._known[gradient.untyped_storage()._cdata]
+        if len(self.events) > 1 and self.events[-2] == (known.number, known.size) and self.events[-1][1] == 0:
+            del self.events[-2]
+            known.number, _ = self.events.pop()
 
     def peak_of(self, run: Callable[[], Any]) -> tuple[Any, dict[Role, int]]:
         """Returns what ``run()`` does, and how much device memory it held at its peak beyond what was alive."""
@@ -93,6 +120,21 @@ class StorageLedger(TorchDispatchMode):
         peak, total = self.device.peaks.setdefault(STAGE.get(), Peak()), sum(by_role.values())
         if total > peak.total:
             peak.total, peak.by_role = total, {role: size for role, size in by_role.items() if size}
+
+    def begin_events(self) -> None:
+        """Has ``events`` begin with what is alive."""
+        self.events = [(one.number, one.size) for one in self._known.values() if one.size and one.side is self.device]
+
+    def happen_again(self, events: Iterable[Event]) -> None:
+        """Notes ``events`` once more, of storages of their own, which are then all gone."""
+        numbers: dict[int, int] = {}
+        for storage, size in events:
+            if size:
+                numbers[storage] = next(self._numbers)
+                self.events.append((numbers[storage], size))
+            elif storage in numbers:
+                self.events.append((numbers.pop(storage), 0))
+        self.events += [(number, 0) for number in numbers.values()]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -115,16 +157,26 @@ class StorageLedger(TorchDispatchMode):
 
     def _enter(self, storage: torch.UntypedStorage, size: int, side: _Side, role: Role) -> None:
         address = storage._cdata
-        self._known[address] = _Known(weakref.ref(storage, self._forget(address)), size, side, role)
+        known = _Known(weakref.ref(storage, self._forget(address)), size, side, role, next(self._numbers))
+        self._known[address] = known
         self._add(side, role, size)
+        if size and side is self.device:
+            self.events.append((known.number, size))
+
+    def _leave(self, address: int) -> None:
+        known = self._known.pop(address, None)
+        if known is None:
+            return
+        self._add(known.side, known.role, -known.size)
+        if known.size and known.side is self.device:
+            self.events.append((known.number, 0))
 
     def _forget(self, address: int) -> Callable[[Any], None]:
         def forget(gone: Any) -> None:
             known = self._known.get(address)
             # The address may be another storage's by now.
             if known is not None and known.storage is gone:
-                del self._known[address]
-                self._add(known.side, known.role, -known.size)
+                self._leave(address)
 
         return forget
 

@@ -33,12 +33,20 @@ def shortage_explained(trainer: Trainer) -> Iterator[None]:
         if not says_full(error):
             raise
         used = bytes_by_role(trainer)
-        entries = ", ".join(f"{role} {gib(size)} GiB" for role, size in used.most_common() if size)
+        entries = ", ".join(f"{role} {gib(size)} GiB" for role, size in [*used.most_common(), *_gaps(trainer)] if size)
         raise UserError(
             f"memory ran out in the {last[-1]} stage of iteration {trainer.iteration + 1}, with {entries} alive "
             f"({brief(error)}); {change(last[-1], used, trainer.config)}; then go on with --resume "
             f"{trainer.config.output}"
         ) from None
+
+
+def _gaps(trainer: Trainer) -> list[tuple[str, int]]:
+    """What the allocator of a GPU holds, and no tensor has."""
+    device = trainer.model.device
+    if device.type != "cuda":
+        return []
+    return [("gaps", torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))]
 
 
 def bytes_by_role(trainer: Trainer) -> Counter[Role]:

@@ -2,8 +2,8 @@
 
 The model's real classes are built from their configs on fake tensors. The trainer draws samples, is watched, and runs
 an iteration of a rollout that finds an earlier one's gradients. The ledger counts every storage on the way. Nothing is
-computed, so that peaks of the largest models are known in a minute or two on any machine; what a GPU's allocator and
-libraries take beyond tensors is not in them.
+computed, so that peaks of the largest models are known in a minute or two on any machine. What a GPU's allocator would
+reserve for these storages follows from its rules; what libraries take is not in it (`leapalign.planning.allowance`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for, wa
 from leapalign.method_gradient import Objective
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.planning.between import between_iterations, count_watch_rewards
+from leapalign.planning.caching_allocator import Event, reserved
 from leapalign.planning.ledger import Peak, StorageLedger
 from leapalign.planning.model_skeleton import Skeleton, skeleton, skeleton_trainer
 from leapalign.probe.climb import ascent
@@ -51,12 +52,14 @@ HOST_BANDWIDTH = 100e9
 class Simulation:
     """A run's needs, by stages: those of `ITERATION`, and those of `BETWEEN` that the configuration has.
 
-    device, host: the peak of each stage. flops, traffic: of an iteration, by its stages: the simulated rollout's, times
+    device, host: the peak of each stage. reserved: bytes that a GPU's allocator holds in the end, with
+    ``expandable_segments``. flops, traffic: of an iteration, by its stages: the simulated rollout's, times
     the configuration's number of them.
     """
 
     device: dict[Stage, Peak]
     host: dict[Stage, Peak]
+    reserved: int
     trainable_parameters: int
     flops: dict[Stage, float]
     traffic: dict[tuple[Stage, str], float]
@@ -106,7 +109,7 @@ class _Replay:
 
     def __init__(self, mode: FakeTensorMode, ledger: _Spectator) -> None:
         self._mode, self._ledger, self._flops = mode, ledger, ledger.flops
-        self._seen: dict[Any, tuple[Any, dict[Role, int], Counter[Any], Counter[Any]]] = {}
+        self._seen: dict[Any, tuple[Any, dict[Role, int], Counter[Any], Counter[Any], list[Event]]] = {}
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         shapes = tuple(argument.shape for argument in arguments if isinstance(argument, Tensor))
@@ -114,16 +117,18 @@ class _Replay:
         kinds = tuple(map(type, arguments))
         key = (function, shapes, kinds, options.get("needs_input"), options.get("only_input"))
         if key in self._seen:
-            made, more, flops, traffic = self._seen[key]
+            made, more, flops, traffic, events = self._seen[key]
             self._flops.update(flops)
             TRAFFIC.update(traffic)
             self._ledger.reach(more)
+            self._ledger.happen_again(events)
             with self._mode:
                 return tree_map_only(partial, lambda make: make(), made)
-        flops, traffic = self._flops.copy(), TRAFFIC.copy()
+        flops, traffic, began = self._flops.copy(), TRAFFIC.copy(), len(self._ledger.events)
         result, more = self._ledger.peak_of(lambda: function(*arguments, **options))
         made = tree_map_only(Tensor, lambda t: partial(torch.empty, t.shape, dtype=t.dtype), result)
-        self._seen[key] = (made, more, self._flops - flops, TRAFFIC - traffic)
+        events = self._ledger.events[began:]
+        self._seen[key] = (made, more, self._flops - flops, TRAFFIC - traffic, events)
         return result
 
 
@@ -144,12 +149,14 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
             held_out = held_out_rewards(config, simulated_reward) if config.watch.every else {}
         count_watch_rewards(ledger, held_out, host=True)
         trainer = skeleton_trainer(config, parts, torch.device("cpu"))
+        # Until here weights were on their way to their place.
+        ledger.begin_events()
         # By itself: what is repeated counts for the stage that it ran in first, which is not the iteration's.
         with run_by(_Replay(mode, ledger)):
             between_iterations(trainer, ledger, held_out)
         parameters = [p for p in trainer.model.transformer.parameters() if p.requires_grad]
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(lambda p: _count_gradient(ledger, p))
+            parameter.register_post_accumulate_grad_hook(ledger.count_gradient)
         if trainer.optimizer.gradient_sink is None:
             with made_for("gradients"):
                 for parameter in parameters:
@@ -163,6 +170,7 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
     return Simulation(
         device={name: device[name] for name in (*ITERATION, *BETWEEN) if name in device},
         host={name: host[name] for name in (*ITERATION, *BETWEEN) if name in host},
+        reserved=reserved(ledger.events),
         trainable_parameters=sum(parameter.numel() for parameter in parameters),
         flops={name: scale[name] * ledger.flops[name] for name in ITERATION},
         traffic={(name, way): scale[name] * size for (name, way), size in (TRAFFIC - before).items() if name in scale},
@@ -194,11 +202,6 @@ def _shown_on(bar: Any) -> Callable[[Stage], contextlib.AbstractContextManager[N
         return contextlib.nullcontext()
 
     return show
-
-
-def _count_gradient(ledger: StorageLedger, parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        ledger.count(parameter.grad, role="gradients")
 
 
 def _count_parts(ledger: StorageLedger, parts: Skeleton) -> None:

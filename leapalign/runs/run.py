@@ -103,6 +103,8 @@ class Run:
                 log.write_incidents(trainer.incidents)
                 seconds += record["seconds"]
                 values = {name: f"{record[name]:.3g}" for name in SHOWN if name in record}
+                if "device_reserved_bytes" in record:
+                    values["GiB"] = f"{record['device_reserved_bytes'] / 2**30:.1f}"
                 bar.set_postfix({**values, "s/it": f"{record['seconds']:.2f}"})
                 bar.update()
                 last = trainer.iteration == config.train.iterations

@@ -94,7 +94,7 @@ class HeldOut:
 def train_control(config: Config, seconds: float) -> FlowModel:
     """The base model trained on for ``seconds`` without a reward, same optimizer settings; its weight average."""
     model = load_model(config.model)
-    place(model, (), MemoryConfig(), training_device())
+    place(model, MemoryConfig(), training_device())
     parameters = list(model.transformer.parameters())
     optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed)
     texts = [prompt.text for prompt in all_prompts()]

@@ -165,7 +165,10 @@ class Watch:
 
     def _scores(self, terms: Sequence[RewardTerm], images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """``held_out_*`` of each image, ``(B,)``, on the device of ``images``."""
-        trained = [scores_of(term.reward, images, prompts).to(images.device, torch.float32) for term in terms]
+        trained = []
+        for term in terms:
+            with term.lend():
+                trained.append(scores_of(term.reward, images, prompts).to(images.device, torch.float32))
         found = {"held_out_reward": reduce(torch.add, [t.weight * s for t, s in zip(terms, trained, strict=True)])}
         if len(terms) > 1:
             found |= {f"held_out_reward_{t.name}": scores for t, scores in zip(terms, trained, strict=True)}

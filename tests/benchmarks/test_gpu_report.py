@@ -29,6 +29,7 @@ def test_a_part_that_fails_is_reported_and_the_rest_goes_on(tmp_path: Path) -> N
         "peak_bytes": {"rollout": 3 << 30},
         "peak_bytes_reserved": {"rollout": 4 << 30},
         "peak_bytes_simulated": {"rollout": 2 << 30},
+        "bytes_reserved_simulated": 5 << 30,
     }
     chosen = {"broken": fail, "no JSON": lambda: CPU, "step": lambda: step, "rates": lambda: {"to_host": 3}}
     report = gpu_report.assembled(chosen, output, {"about": {}})
@@ -89,6 +90,7 @@ def test_a_step_on_random_weights_is_measured_beside_its_simulation(place: str) 
     assert step["peak_bytes"] == step["peak_bytes_reserved"] == {}, "there is no device to measure"
     assert step["seconds_computed"] is None
     assert set(step["peak_bytes_simulated"]) >= {"rollout", "surrogate"}
+    assert step["bytes_reserved_simulated"] >= max(step["peak_bytes_simulated"].values())
 
 
 def test_a_stages_peaks_are_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:

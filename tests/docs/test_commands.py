@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from installed import bare_python, install, wheel_of
+from installed import bare_python, install
 from leap_kernels.tools import main as leap_kernels_main
 from pages import PAGES, PROGRAMS, ROOT, Command, blocks, commands
 
@@ -70,6 +70,8 @@ PARSED_ONLY = {
     "python benchmarks/gradient_accumulation.py": "a minute",
     "python benchmarks/host_adamw.py": "needs what a C++ compiler builds",
     "python benchmarks/without_native.py": "so does this",
+    "python benchmarks/call_overhead.py": "a minute",
+    "python benchmarks/patched_iteration.py": "minutes; tests/benchmarks has it",
 }
 FILES = {
     "prompts.txt": "a red circle\ntwo crosses\n",
@@ -153,13 +155,10 @@ def leapalign_understands(words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment with the wheel, and what it needs from here: not this checkout.
-
-    Without a C++ compiler, as it may be, and sooner done.
-    """
+def python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
+    """The Python of an environment with the wheel, and what it needs from here: not this checkout."""
     python = bare_python(tmp_path_factory.mktemp("installed"))
-    install(python, wheel_of(ROOT, tmp_path_factory.mktemp("wheel"), compiler=False))
+    install(python, wheel)
     return python
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import tolerances
 import torch
 from leap_kernels.adaln_modulate import adaln_modulate
 from leap_kernels.gated_residual import gated_residual
@@ -87,6 +88,25 @@ BLOCK_CASES = {
     "swiglu/packed": BlockCase(swiglu, _packed, ("gate",), packed=True, saved=2),
 }
 by_block_case = pytest.mark.parametrize("case", BLOCK_CASES.values(), ids=BLOCK_CASES)
+
+
+def assert_accurate(case: BlockCase, inputs: dict[str, Tensor], results: tuple[Tensor, ...], cut: bool = False) -> None:
+    """Check errors against float64: within the arithmetic's and one rounding, and at most twice those of PyTorch.
+
+    `cut` allows bfloat16 that was cut off, not rounded. Inputs and results are on the CPU.
+    """
+    exacts = case.run({name: value.double() for name, value in inputs.items()}, formula=True)
+    eager = case.run(inputs, formula=True)
+    dtypes = [inputs[case.rows[0]].dtype, *(value.dtype for name, value in inputs.items() if name != "grad")]
+    for result, exact, plain, dtype in zip(results, exacts, eager, dtypes, strict=True):
+        assert result.dtype == dtype
+        assert result.shape == exact.shape
+        error, at_eager = ((value.double() - exact).abs().max().item() for value in (result, plain.to(dtype)))
+        largest = exact.abs().max().item()
+        arithmetic = 40 * tolerances.unit_roundoff(torch.float32) * (1 + largest)
+        storage = tolerances.unit_roundoff(dtype) * largest + torch.finfo(dtype).tiny
+        assert error <= arithmetic + (2 if cut else 1) * storage
+        assert error <= 2 * at_eager + arithmetic + (storage if cut else 0)
 
 
 def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:

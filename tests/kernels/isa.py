@@ -16,7 +16,7 @@ digest = hashlib.sha256()
 with use_backend("native", strict=True):
 {code}
 for result in results:
-    digest.update(result.contiguous().view(kernel_cases.WORDS[result.dtype]).numpy().tobytes())
+    digest.update(result.contiguous().view(kernel_cases.WORDS.get(result.dtype, torch.uint8)).numpy().tobytes())
 print(_native.describe().split(",")[1].strip(), digest.hexdigest())
 """
 

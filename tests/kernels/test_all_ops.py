@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isa import hash_on_every_isa
 from kernel_cases import BACKENDS, HALVES_AND_FLOAT, LAYOUTS, SHAPES, WORDS, Case, assert_accurate, by_case
 from leap_kernels import use_backend
 
@@ -81,41 +77,30 @@ def test_native_bits_do_not_depend_on_threads(case: Case, dtype: torch.dtype) ->
 
 
 BITS = """
-import hashlib, sys, torch
-import kernel_cases
-from leap_kernels import Adam8bitState, _native, adamw_8bit_step_, stochastic_round_, use_backend
-torch.manual_seed(0)
-digest = hashlib.sha256()
-with use_backend("native", strict=True):
+import block_cases, group_norm_cases, norm_rope_cases
+from leap_kernels import Adam8bitState, adamw_8bit_step_, group_norm_silu, stochastic_round_
+
+results = [stochastic_round_(torch.empty(9001, dtype=torch.bfloat16), torch.randn(9001), 5, 3)]
+for dtype in kernel_cases.HALVES_AND_FLOAT:
     for case in kernel_cases.CASES.values():
-        for dtype in kernel_cases.HALVES_AND_FLOAT:
-            for result in case.run(case.inputs((2, 9001), dtype)):
-                digest.update(result.view(kernel_cases.WORDS[result.dtype]).numpy().tobytes())
-    rounded = stochastic_round_(torch.empty(9001, dtype=torch.bfloat16), torch.randn(9001), 5, 3)
-    digest.update(rounded.view(torch.int16).numpy().tobytes())
-    for dtype in (torch.float32, torch.bfloat16):
-        parameter = torch.randn(9001).to(dtype)
-        state = Adam8bitState.zeros_like(parameter)
-        numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 5, "offset": 3}
-        for step in (1, 2, 3):
-            adamw_8bit_step_(parameter, torch.randn(9001), state, step=step, **numbers)
-        for result in (parameter.view(kernel_cases.WORDS[dtype]), *state.tensors()):
-            digest.update(result.numpy().tobytes())
-print(_native.describe().split(",")[1].strip(), digest.hexdigest())
+        results.extend(case.run(case.inputs((2, 9001), dtype)))
+    for case in block_cases.BLOCK_CASES.values():
+        results.extend(case.run(case.inputs((2, 37, 333), dtype)))
+    for case in norm_rope_cases.CASES.values():
+        results.extend(norm_rope_cases.differentiated(norm_rope_cases.call, case.inputs(dtype), case.layout).values())
+    for shape, groups in group_norm_cases.SHAPES.values():
+        given = group_norm_cases.inputs(shape, dtype)
+        results.extend(group_norm_cases.differentiated(group_norm_silu, given, groups).values())
+for dtype in (torch.float32, torch.bfloat16):
+    parameter = torch.randn(9001).to(dtype)
+    state = Adam8bitState.zeros_like(parameter)
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 5, "offset": 3}
+    for step in (1, 2, 3):
+        adamw_8bit_step_(parameter, torch.randn(9001), state, step=step, **numbers)
+    results.extend([parameter, *state.tensors()])
 """
 
 
 @pytest.mark.native
 def test_native_bits_do_not_depend_on_the_instruction_set() -> None:
-    printed = []
-    here = Path(__file__).parent
-    shared = os.pathsep.join(map(str, (here, here.parent / "support")))
-    for isa in ("baseline", "avx2", "avx512"):
-        environment = {**os.environ, "LEAP_NATIVE_ISA": isa, "PYTHONPATH": shared}
-        done = subprocess.run(
-            [sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout.split())
-    assert printed[0][0] == "baseline"
-    assert len({digest for _, digest in printed}) == 1
+    assert len(hash_on_every_isa(BITS)) == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import block_cases
+import group_norm_cases
+import norm_rope_cases
 import pytest
 import torch
 from adamw_cases import SETTINGS, assert_same_states, by_dtype, by_gradient_dtype, gradients, taken, weights
@@ -12,6 +15,7 @@ from leap_kernels import (
     adamw_8bit_step_,
     adamw_8bit_step_many_,
     euler_step,
+    group_norm_silu,
     stochastic_round_,
     total_norm,
     use_backend,
@@ -19,6 +23,7 @@ from leap_kernels import (
 from leap_kernels._adamw_8bit import factors_of
 from leap_kernels._catalog import OPS
 from leap_kernels.adamw_8bit_step_many import Job, _kind, _table, launch
+from tolerances import unit_roundoff
 
 DEVICE = "cuda"
 HUGE = (1 << 31) + 1009
@@ -28,9 +33,8 @@ by_offset = pytest.mark.parametrize("offset", [0, 8, 5, (1 << 62) + 3])
 
 def test_no_op_is_left_out() -> None:
     here = {"adamw_8bit_step_", "adamw_8bit_step_many_", "stochastic_round_", "total_norm"}
-    # Those of transformer blocks have no case here yet: the interpreter's tests are all there is.
-    of_blocks = {"adaln_modulate", "gated_residual", "gelu_tanh", "group_norm_silu", "qk_norm_rope", "swiglu"}
-    assert {name.partition("/")[0] for name in CASES} | here | of_blocks == {op.name for op in OPS}
+    in_blocks = {name.partition("/")[0] for name in block_cases.BLOCK_CASES} | {"group_norm_silu", "qk_norm_rope"}
+    assert {name.partition("/")[0] for name in CASES} | here | in_blocks == {op.name for op in OPS}
 
 
 @pytest.mark.cuda
@@ -46,6 +50,67 @@ def test_error_against_float64(case: Case, shape: tuple[int, ...], dtype: torch.
     assert_accurate(case, inputs, tuple(result.cpu() for result in results))
     for result, other in zip(results, again, strict=True):
         assert torch.equal(result.view(WORDS[result.dtype]), other.view(WORDS[result.dtype]))
+
+
+def on_device(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(DEVICE) for name, value in inputs.items()}
+
+
+@pytest.mark.cuda
+@block_cases.by_block_case
+@pytest.mark.parametrize("vectors", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT, ids=str)
+@pytest.mark.parametrize("shape", [*block_cases.SHAPES, (2, 300, 3072)], ids=str)
+def test_error_of_blocks(
+    case: block_cases.BlockCase, shape: tuple[int, int, int], dtype: torch.dtype, vectors: torch.dtype | None
+) -> None:
+    """Of outputs and gradients; the same bits when run again."""
+    inputs = case.inputs(shape, dtype, vectors)
+    moved = on_device(inputs)
+    with use_backend("triton", strict=True):
+        results, again = case.run(moved), case.run(moved)
+    block_cases.assert_accurate(case, inputs, tuple(result.cpu() for result in results))
+    for result, other in zip(results, again, strict=True):
+        assert torch.equal(result, other)
+
+
+@pytest.mark.cuda
+@block_cases.by_block_case
+def test_sums_over_long_strips_of_rows(case: block_cases.BlockCase) -> None:
+    """Of so many rows that a program takes 64."""
+    inputs = case.inputs((2, 8200, 96), torch.float32)
+    with use_backend("triton", strict=True):
+        results = case.run(on_device(inputs))
+    exacts = case.run({name: value.double() for name, value in inputs.items()}, formula=True)
+    for result, exact in zip(results, exacts, strict=True):
+        error = (result.cpu().double() - exact).abs().max().item()
+        assert error <= 100 * unit_roundoff(torch.float32) * (1 + exact.abs().max().item())
+
+
+@pytest.mark.cuda
+@norm_rope_cases.by_case
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT, ids=str)
+def test_error_of_queries_and_keys(case: norm_rope_cases.Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    with use_backend("triton", strict=True):
+        plain, heads_first = (
+            norm_rope_cases.differentiated(norm_rope_cases.call, on_device(laid_out), case.layout)
+            for laid_out in (inputs, norm_rope_cases.heads_first(inputs))
+        )
+    for results in (plain, heads_first):
+        norm_rope_cases.assert_accurate(case, inputs, {name: value.cpu() for name, value in results.items()})
+
+
+@pytest.mark.cuda
+@group_norm_cases.by_shape
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT, ids=str)
+def test_error_of_group_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype, affine: bool) -> None:
+    given = group_norm_cases.inputs(shape, dtype, affine)
+    for layout in (given, group_norm_cases.channels_last(given)):
+        with use_backend("triton", strict=True):
+            results = group_norm_cases.differentiated(group_norm_silu, on_device(layout), groups)
+        group_norm_cases.assert_accurate(given, groups, {name: value.cpu() for name, value in results.items()})
 
 
 @pytest.mark.cuda

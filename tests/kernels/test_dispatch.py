@@ -181,5 +181,19 @@ for name in ("leapalign", "diffusers", "transformers"):
 """
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "reason"),
+    [
+        ("3.6.0", "2.4.6", "needs NumPy below 2.4, not 2.4.6, or Triton 3.7"),
+        ("3.6.0", "2.3.5", None),
+        ("3.7.1", "2.4.6", None),
+        ("3.10.0+git", "2.10.0rc1", None),
+    ],
+)
+def test_an_interpreter_that_numpy_stops_is_a_reason(triton: str, numpy: str, reason: str | None) -> None:
+    found = _triton.unfit(triton, numpy)
+    assert found is None if reason is None else reason in found
+
+
 def test_works_without_triton_and_imports_no_trainer() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)

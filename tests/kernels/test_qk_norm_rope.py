@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import pytest
-import tolerances
 import torch
 from leap_kernels import QK, use_backend
 from leap_kernels._norm_rope import neighbours
 from norm_rope_cases import (
     CASES,
     Case,
+    assert_accurate,
     by_backend,
     by_case,
-    by_dtype,
+    by_case_and_dtype,
     call,
     differentiated,
     diffusers_path,
@@ -21,44 +21,22 @@ from norm_rope_cases import (
 from torch import Tensor
 
 
-@by_case
+@by_case_and_dtype
 @by_backend
-@by_dtype
-def test_error_against_float64(case: Case, backend: str, dtype: torch.dtype) -> None:
+def test_error_against_float64(name: str, backend: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
     inputs = case.inputs(dtype)
     with use_backend(backend, strict=True):
         results = differentiated(call, inputs, case.layout)
-    exacts = differentiated(formula, in_double(inputs), case.layout)
-    largest = {name: value.abs().max().item() for name, value in inputs.items()}
-    factor = max([value for name, value in largest.items() if "weight" in name], default=1.0)
-    grad = max(largest["grad_q"], largest["grad_k"])
-    rstd = max(
-        (value.double().square().mean(-1) + 1e-6).rsqrt().max().item()
-        for name, value in inputs.items()
-        if name in ("q", "k", "before_q", "before_k")
-    )
-    x = max(value for name, value in largest.items() if name in ("q", "k", "before_q", "before_k"))
-    for name, exact in exacts.items():
-        result = results[name]
-        assert (result.dtype, result.shape) == (dtype, exact.shape), name
-        assert result.is_contiguous(), name
-        # The largest value on the way: of a head, of the gradient at it, of a term of the gradient at a weight.
-        magnitude = 2 * x * rstd * factor if name.startswith("out") else 2 * rstd * grad * factor
-        terms = case.q[3]
-        if "weight" in name:
-            magnitude, terms = 2 * x * rstd * grad, case.q[0] * (case.q[1] + case.before) * case.q[2]
-            magnitude *= terms**0.5
-        arithmetic, storage = tolerances.largest(exact, magnitude, terms, dtype, dtype)
-        # Triton's interpreter (not its compiler) cuts bfloat16 off instead of rounding it.
-        cut = backend == "triton" and dtype == torch.bfloat16
-        error = (result.double() - exact).abs().max().item()
-        assert error <= arithmetic + (2 if cut else 1) * storage, name
+    # Triton's interpreter (not its compiler) cuts bfloat16 off instead of rounding it.
+    assert_accurate(case, inputs, results, cut=backend == "triton" and dtype == torch.bfloat16)
 
 
-@by_case
+@pytest.mark.parametrize("name", ["narrow-halves", "no-weights", "joint", "tables-of-samples"])
 @by_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_error_is_at_most_twice_that_of_diffusers(case: Case, backend: str, dtype: torch.dtype) -> None:
+def test_error_is_at_most_twice_that_of_diffusers(name: str, backend: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter cuts bfloat16 off instead of rounding it")
     inputs = case.inputs(dtype)
@@ -80,10 +58,18 @@ def test_error_in_bfloat16_is_below_that_of_diffusers() -> None:
         assert ours < theirs, name
 
 
-@by_case
-@by_backend
-def test_slices_of_one_projection_are_read_in_place(case: Case, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        *(("reference", name) for name in CASES),
+        *(pytest.param("native", name, marks=pytest.mark.native) for name in CASES),
+        # In the interpreter a case takes a second.
+        *(pytest.param("triton", name, marks=pytest.mark.interpreter) for name in ("narrow-halves", "joint")),
+    ],
+)
+def test_slices_of_one_projection_are_read_in_place(name: str, backend: str) -> None:
     """q and k lie beside each other and beside other numbers; gradients come head by head, or expanded."""
+    case = CASES[name]
     inputs = case.inputs(torch.float32)
     strided = dict(inputs)
     for prefix in ("", "before_"):

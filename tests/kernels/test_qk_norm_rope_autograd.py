@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from isa import hash_on_every_isa
 from kernel_cases import WORDS, latents
 from leap_kernels import QK, qk_norm_rope, use_backend
 from norm_rope_cases import (
@@ -66,22 +65,6 @@ def test_native_bits_do_not_depend_on_threads(case: Case) -> None:
     for other in results[1:]:
         for name, value in other.items():
             assert torch.equal(value.view(WORDS[value.dtype]), results[0][name].view(WORDS[value.dtype])), name
-
-
-BITS = """
-from norm_rope_cases import CASES, call, differentiated
-results = [
-    result
-    for case in CASES.values()
-    for dtype in kernel_cases.HALVES_AND_FLOAT
-    for result in differentiated(call, case.inputs(dtype), case.layout).values()
-]
-"""
-
-
-@pytest.mark.native
-def test_native_bits_do_not_depend_on_the_instruction_set() -> None:
-    assert len(hash_on_every_isa(BITS)) == 1
 
 
 @pytest.mark.interpreter

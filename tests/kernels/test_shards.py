@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from kernel_cases import latents
 from leap_kernels import (
+    Adam8bitState,
     accumulate_,
+    adamw_8bit_step_many_,
     combine_gradient_terms,
     consistency_weighted_loss,
     ema_update_,
@@ -18,6 +20,7 @@ from leap_kernels import (
     leap_update,
     scale_gradient,
     stochastic_round_,
+    total_norm,
 )
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -102,6 +105,29 @@ def test_what_needs_everything_is_refused(mesh: DeviceMesh) -> None:
         consistency_weighted_loss(x, [x], 0.5, 0.1)
     with pytest.raises(TypeError, match="stochastic_round_ cannot compute from parts"):
         stochastic_round_(spread(torch.ones(4, dtype=torch.bfloat16), mesh, Shard(0)), x, 0, 0)
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
+def test_lists_of_parts_are_refused_and_their_parts_are_not(placement: Placement, mesh: DeviceMesh) -> None:
+    """A norm of parts is not the whole's, and a step draws the bits of positions in the whole."""
+    weight, gradient = (spread(torch.ones(512), mesh, placement) for _ in range(2))
+    plain = torch.ones(512)
+
+    def step(parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        adamw_8bit_step_many_(
+            *(parameters, gradients, [Adam8bitState.zeros_like(parameter) for parameter in parameters]),
+            **{"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "seed": 0},
+            **{"steps": [1] * len(parameters), "offsets": [0] * len(parameters)},
+        )
+
+    with pytest.raises(TypeError, match=r"total_norm takes lists of tensors .* pass to_local\(\) of each DTensor"):
+        total_norm([plain, gradient])
+    with pytest.raises(TypeError, match=r"adamw_8bit_step_many_ takes lists of tensors .* pass to_local\(\) of each"):
+        step([plain, weight], [plain, gradient])
+    local = gradient.to_local()
+    assert total_norm([local]) == local.norm()
+    step([weight.to_local()], [local])
+    assert torch.equal(weight.to_local(), part(torch.full((512,), 0.999), mesh, placement))
 
 
 def test_sums_that_are_not_yet_added_up_are_refused(mesh: DeviceMesh) -> None:

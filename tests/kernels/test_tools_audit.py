@@ -1,8 +1,15 @@
-"""Compiles every Triton kernel of the catalog for GPUs that are not here, and holds it to the bars."""
+"""Compiles every Triton kernel of the catalog for GPUs that are not here, and holds it to the bars.
+
+Each in bfloat16, or the dtype that it takes, for one of the GPUs by turns, and by turns in float32 or float16 for
+another: `python -m leap_kernels audit` takes them all.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,19 +19,24 @@ from leap_kernels.tools import audit, main
 
 KERNELS = [spec.name for op in OPS for spec in op.kernels]
 NVIDIA = ("sm_80", "sm_90", "sm_100")
-KEYS = {
-    "kernel",
-    "target",
-    "registers",
-    "spills",
-    "shared_bytes",
-    "vector_bits",
-    "bytes_per_element",
-    "least_bytes_per_element",
-    "bytes_ratio",
-}
+EXAMINE = """
+import json
+import torch
+from leap_kernels._catalog import OPS
+from leap_kernels.tools.audit import misses
+from leap_kernels.tools.audit_compile import audited, examine
+from leap_kernels.tools.gpus import TARGETS
+for number, spec in enumerate(spec for op in OPS for spec in op.kernels):
+    first, *others = audited(spec)
+    if others and torch.float16 in spec.dtypes and number % 6 == 0:
+        others = [torch.float16]
+    for dtype in [first, *others][: 2 if number % 3 == 0 else 1]:
+        line = examine(spec, dtype, TARGETS[(number // 6 + number + (dtype != first)) % 3])
+        print(json.dumps({**line, "misses": misses(line)}))
+"""
 LINE: dict[str, Any] = {
     "kernel": "leap_update",
+    "dtype": "bfloat16",
     "target": "sm_90",
     "spills": 0,
     "atomics": 0,
@@ -33,33 +45,62 @@ LINE: dict[str, Any] = {
     "vector_bits": 128,
     "widths_agree": True,
     "bytes_ratio": 1.01,
+    "sums_only": False,
+    "rounded_stochastically": ["dst_ptr"],
+    "roundings": {"out_ptr": "nearest even", "dst_ptr": "bits and cut"},
 }
 
 
 @pytest.fixture(scope="module")
-def lines() -> list[dict[str, Any]]:
-    return list(audit.audit())
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    done = subprocess.run([sys.executable, "-c", EXAMINE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.triton
-def test_every_kernel_is_compiled_for_every_target(lines) -> None:
-    assert [(line["kernel"], line["target"]) for line in lines] == [
-        (kernel, target) for kernel in KERNELS for target in (*NVIDIA, "gfx942")
-    ]
-    assert all(line.keys() >= KEYS for line in lines)
-
-
-@pytest.mark.triton
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernel_meets_the_bars(lines, kernel: str) -> None:
+def test_every_kernel_meets_the_bars(lines) -> None:
+    assert {line["kernel"] for line in lines} == set(KERNELS)
+    assert {(line["dtype"], line["target"]) for line in lines} == {
+        (dtype, target) for dtype in ("bfloat16", "float16", "float32") for target in NVIDIA
+    }
     for line in lines:
-        if line["kernel"] == kernel and line["target"] in NVIDIA:
-            assert line["misses"] == [], line["target"]
-            assert line["spills"] == 0
-            assert line["vector_bits"] >= 128
-            assert 1 <= line["bytes_ratio"] <= 1.02
-            assert line["registers"] > 0
-            assert line["roofline"] is None or line["roofline"]["status"] == "computed, not measured"
+        where = (line["kernel"], line["dtype"], line["target"])
+        assert line["misses"] == [], where
+        assert line["registers"] > 0, where
+        # Sums must not depend on the order in which blocks finish.
+        assert line["atomics"] == 0, where
+        assert line["sums_only"] or 1 <= line["bytes_ratio"] <= 1.05, where
+        assert line["roofline"] is None or line["roofline"]["status"] == "computed, not measured"
+
+
+@pytest.mark.triton
+def test_half_the_bits_are_rounded_to_nearest_or_at_random(lines) -> None:
+    found = {(line["kernel"], name): how for line in lines for name, how in line["roundings"].items()}
+    assert len(found) > 30
+    at_random = {kernel for (kernel, _), how in found.items() if "bits" in how}
+    assert at_random == {
+        "stochastic_round_",
+        *(f"adamw_8bit_step_{many}{variant}" for many in ("", "many_") for variant in ("", "/any_offset")),
+    }
+    # Where a leap lands, the connector puts the latent of the rollout.
+    copied = {place for place, how in found.items() if how == "copied"}
+    assert copied == {("leap_update", "out_ptr")}
+    assert {how for (kernel, _), how in found.items() if kernel not in at_random} == {"nearest even", "copied"}
+
+
+@pytest.mark.triton
+def test_one_op_for_every_target() -> None:
+    lines = list(audit.audit("gelu_tanh"))
+    assert [(line["kernel"], line["dtype"], line["target"]) for line in lines] == [
+        (kernel, dtype, target)
+        for kernel in ("gelu_tanh", "gelu_tanh/backward")
+        for dtype in ("bfloat16", "float32")
+        for target in (*NVIDIA, "gfx942")
+    ]
+    assert all(line["misses"] == [] and line["triton"] for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +114,14 @@ def test_kernel_meets_the_bars(lines, kernel: str) -> None:
         ({"vector_bits": 64}, ["accesses of 128 bits"]),
         ({"vector_bits": None}, ["accesses of 128 bits"]),
         ({"widths_agree": False}, ["accesses of 128 bits"]),
-        ({"bytes_ratio": 1.03}, ["bytes at most 1.02 x least"]),
+        ({"bytes_ratio": 1.06}, ["bytes at most 1.05 x least"]),
+        ({"sums_only": True, "vector_bits": 32, "bytes_ratio": None}, []),
+        ({"roundings": {"out_ptr": "copied"}}, []),
+        ({"roundings": {"out_ptr": "cut"}}, ["rounding (out_ptr: cut)"]),
+        ({"roundings": {"out_ptr": "cut and nearest even"}}, ["rounding (out_ptr: cut and nearest even)"]),
+        ({"roundings": {"out_ptr": "towards zero"}}, ["rounding (out_ptr: towards zero)"]),
+        ({"roundings": {"dst_ptr": "cut"}}, ["rounding (dst_ptr: cut)"]),
+        ({"roundings": {"dst_ptr": "nearest even"}}, ["rounding (dst_ptr: nearest even)"]),
         ({"target": "gfx942", "vector_bits": 64, "bytes_ratio": None, "widths_agree": None}, []),
     ],
 )
@@ -86,7 +134,7 @@ def test_prints_lines_or_a_table_and_fails_on_a_miss(missed, code, monkeypatch, 
     roofline = {"microseconds": 60.0, "gpu": "H100 SXM"}
     rest = {"registers": 32, "shared_bytes": 0, "bytes_per_element": 6.0, "least_bytes_per_element": 6}
     line = {**LINE, **rest, "occupancy": 1.0, "roofline": roofline, "misses": missed}
-    monkeypatch.setattr(audit, "audit", lambda: iter([line]))
+    monkeypatch.setattr(audit, "audit", lambda op: iter([line]))
     assert main(["audit", "--json"]) == code
     assert json.loads(capsys.readouterr().out) == line
     assert main(["audit"]) == code

@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import leap_kernels
 import pytest
+from leap_kernels.tools.audit import misses
 
 KERNELS = """
 import json
@@ -64,24 +66,56 @@ def alone(x_ptr, out_ptr, per_sample, blocks, BLOCK: tl.constexpr):
         at = start + tl.arange(0, BLOCK)
         tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < per_sample), mask=at < per_sample)
 
+@triton.jit
+def rounds(x_ptr, out_ptr, per_sample, blocks, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, (tl.load(x_ptr + at).to(tl.float32) + 0.3).to(tl.bfloat16))
+
+@triton.jit
+def rounds_towards_zero(x_ptr, out_ptr, per_sample, blocks, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at).to(tl.float32) + 0.3
+    tl.store(out_ptr + at, x.to(tl.bfloat16, fp_downcast_rounding="rtz"))
+
+@triton.jit
+def cut(x):
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+@triton.jit
+def cuts_off(x_ptr, out_ptr, per_sample, blocks, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, cut(tl.load(x_ptr + at).to(tl.float32) + 0.3))
+
+@triton.jit
+def rounds_some(x_ptr, out_ptr, per_sample, blocks, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at).to(tl.float32) + 0.3
+    tl.store(out_ptr + at, tl.where(x > 1, cut(x), x.to(tl.bfloat16)))
+
 arguments = {"x_ptr": "*T", "out_ptr": "*T", "per_sample": "i32", "blocks": "i32"}
-for kernel in (copies, reads_twice, strides, misaligned, loops_over_the_sample, alone):
+wasteful = (copies, reads_twice, strides, misaligned, loops_over_the_sample, alone)
+for kernel in (*wasteful, rounds, rounds_towards_zero, cuts_off, rounds_some):
     spec = KernelSpec(kernel.__name__, kernel, arguments, {"BLOCK": 1024}, ("T",), ("T",), 1024)
     launch = launcher(kernel, 1 if kernel is alone else 34)
     print(json.dumps(examine(spec, torch.bfloat16, TARGETS[1], launch)))
 """
 
 
-@pytest.mark.triton
-def test_wasted_memory_shows(tmp_path: Path) -> None:
-    script = tmp_path / "kernels_that_waste.py"
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("kernels")
+    script = folder / "kernels_that_waste.py"
     script.write_text(KERNELS)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["TRITON_CACHE_DIR"] = str(folder)
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {line["kernel"]: (line["vector_bits"], line["bytes_per_element"]) for line in lines} == {
+    return {line["kernel"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.triton
+def test_wasted_memory_shows(lines) -> None:
+    expected = {
         "copies": (128, 4),
         "reads_twice": (128, 6),
         # Every element sits in a sector of its own.
@@ -93,66 +127,82 @@ def test_wasted_memory_shows(tmp_path: Path) -> None:
         # A single program, over as many elements as there are.
         "alone": (128, 4),
     }
-    assert all(line["widths_agree"] and line["spills"] == 0 for line in lines)
-
-
-AUDIT_ONE = """
-import json
-import torch
-from mutated_kernels._catalog import OPS
-from mutated_kernels.tools.audit import misses
-from mutated_kernels.tools.audit_compile import examine
-from mutated_kernels.tools.gpus import TARGETS
-
-(spec,) = (spec for op in OPS for spec in op.kernels if spec.name == "accumulate_")
-for target in TARGETS[:3]:
-    print(json.dumps(misses(examine(spec, torch.bfloat16, target))))
-"""
-LAUNCH = "accumulate_kernel[(triton.cdiv(count, BLOCK),)](total, value, count, BLOCK)"
-
-
-def run_without_interpreter(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    found = {name: (line["vector_bits"], line["bytes_per_element"]) for name, line in lines.items()}
+    assert {name: found[name] for name in expected} == expected
+    assert all(line["widths_agree"] and line["spills"] == 0 for line in lines.values())
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize(
-    ("good", "bad", "miss"),
-    [
-        ("BLOCK = 1024", "BLOCK = 1024", None),
-        (LAUNCH, LAUNCH[:-1] + ", num_warps=1)", "launched as in the catalog (num_warps 1, not 4)"),
-        (LAUNCH, LAUNCH.replace("value,", "value.clone(),"), "bytes at most 1.02 x least"),
-        (LAUNCH, LAUNCH.replace("cdiv(count, BLOCK)", "cdiv(2 * count, BLOCK)"), "(programs 68, not 34)"),
-        (
-            "(old + value).to(total_ptr.dtype.element_ty)",
-            # A lone sum of two float32, the compiler would turn back into one of float32.
-            "(old.to(tl.float64) * (1 + 1e-12) + value).to(total_ptr.dtype.element_ty)",
-            "no float64",
-        ),
-    ],
-)
-def test_what_spoils_a_launcher_or_its_kernel_is_found(good: str, bad: str, miss: str | None, tmp_path: Path) -> None:
-    """In a copy of the package under a name of its own."""
-    package = shutil.copytree(Path(leap_kernels.__file__).parent, tmp_path / "mutated_kernels")
-    source = (package / "accumulate.py").read_text()
-    assert source.count(good) == 1
-    (package / "accumulate.py").write_text(source.replace(good, bad))
-    done = run_without_interpreter(AUDIT_ONE, tmp_path)
+def test_numbers_that_are_not_rounded_to_nearest_show(lines) -> None:
+    expected = {
+        "copies": "copied",
+        "rounds": "nearest even",
+        "rounds_towards_zero": "towards zero",
+        "cuts_off": "cut",
+        "rounds_some": "cut and nearest even",
+    }
+    assert {name: lines[name]["roundings"]["out_ptr"] for name in expected} == expected
+    assert {name for name in expected if misses(lines[name])} == {"rounds_towards_zero", "cuts_off", "rounds_some"}
+
+
+AUDIT = """
+import importlib, json, sys
+import torch
+
+for package, name in json.loads(sys.argv[1]):
+    catalog, audit, compiled, gpus = (
+        importlib.import_module(f"{package}.{module}")
+        for module in ("_catalog", "tools.audit", "tools.audit_compile", "tools.gpus")
+    )
+    (spec,) = (spec for op in catalog.OPS for spec in op.kernels if spec.name == name)
+    try:
+        print(json.dumps(audit.misses(compiled.examine(spec, torch.bfloat16, gpus.TARGETS[1]))))
+    except ValueError as error:
+        print(json.dumps([str(error)]))
+"""
+ADD = "accumulate_kernel[(triton.cdiv(count, BLOCK),)](total, value, count, BLOCK)"
+ROUND = "tl.store(out_ptr + at, (x / (1 + tl.exp(-z))).to(out_ptr.dtype.element_ty), mask=inside)"
+# Kernel, what its file says, what it says instead, what the audit says of that.
+MUTANTS = [
+    ("accumulate_", "BLOCK = 1024", "BLOCK = 1024", None),
+    ("accumulate_", ADD, ADD[:-1] + ", num_warps=1)", "launched as in the catalog (num_warps 1, not 4)"),
+    ("accumulate_", ADD, ADD.replace("value,", "value.clone(),"), "bytes at most 1.05 x least"),
+    ("accumulate_", ADD, ADD.replace("cdiv(count, BLOCK)", "cdiv(2 * count, BLOCK)"), "(programs 68, not 34)"),
+    (
+        "accumulate_",
+        "(old + value).to(total_ptr.dtype.element_ty)",
+        # A lone sum of two float32, the compiler would turn back into one of float32.
+        "(old.to(tl.float64) * (1 + 1e-12) + value).to(total_ptr.dtype.element_ty)",
+        "no float64",
+    ),
+    (
+        "accumulate_",
+        ADD,
+        ADD.replace("BLOCK)", "BLOCK // 2)"),
+        "accumulate_ is launched with [{'BLOCK': 512}]; the catalog says once with {'BLOCK': 1024}",
+    ),
+    ("gelu_tanh", "BLOCK = 1024", "BLOCK = 1024", None),
+    ("gelu_tanh", ROUND, ROUND.replace("ty)", 'ty, "rtz")'), "rounding (out_ptr: towards zero)"),
+    ("gelu_tanh", ROUND, ROUND.replace("+ at", "+ at * 2"), "bytes at most 1.05 x least"),
+    ("swiglu", "_block(out.shape[-1])\n", "_block(out.shape[-1]) // 2\n", "(programs 68, not 34; BLOCK 512, not 1024)"),
+]
+
+
+@pytest.mark.triton
+def test_what_spoils_a_launcher_or_its_kernel_is_found(tmp_path: Path) -> None:
+    """In copies of the package under names of their own."""
+    for number, (kernel, good, bad, _) in enumerate(MUTANTS):
+        package = shutil.copytree(Path(leap_kernels.__file__).parent, tmp_path / f"mutant_{number}")
+        file = package / f"{kernel.rstrip('_')}.py"
+        source = file.read_text()
+        assert source.count(good) == 1
+        file.write_text(source.replace(good, bad))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    asked = json.dumps([(f"mutant_{number}", kernel) for number, (kernel, *_) in enumerate(MUTANTS)])
+    command = [sys.executable, "-c", AUDIT, asked]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 3
-    for misses in found:
-        assert misses == [] if miss is None else any(miss in name for name in misses), misses
-
-
-@pytest.mark.triton
-def test_a_launcher_that_does_not_launch_what_the_catalog_says_is_refused(tmp_path: Path) -> None:
-    package = shutil.copytree(Path(leap_kernels.__file__).parent, tmp_path / "mutated_kernels")
-    source = (package / "accumulate.py").read_text()
-    (package / "accumulate.py").write_text(source.replace(LAUNCH, LAUNCH.replace("BLOCK)", "BLOCK // 2)")))
-    done = run_without_interpreter(AUDIT_ONE, tmp_path)
-    assert done.stderr.strip().splitlines()[-1] == (
-        "ValueError: accumulate_ is launched with [{'BLOCK': 512}]; the catalog says once with {'BLOCK': 1024}"
-    )
+    for missed, (*mutant, miss) in zip(found, MUTANTS, strict=True):
+        assert missed == [] if miss is None else any(miss in name for name in missed), (mutant, missed)

@@ -7,39 +7,45 @@ import pytest
 import torch
 from leap_kernels import stochastic_round_
 from leap_kernels.tools import bench, main
-from leap_kernels.tools.bench_cases import CASES, QUICK_SIZES
+from leap_kernels.tools.bench_cases import CASES
 from leap_kernels.tools.bench_measures import Clock, peak_bytes, relative_error
 from leap_kernels.tools.bench_runs import BACKWARD, FORWARD, Bench, Variant
 from tolerances import unit_roundoff
 
 CPU = torch.device("cpu")
-SHAPE = QUICK_SIZES["quick"]
+SHAPE = (2, 33, 16)
 CASE = {case.name: case for case in CASES}
+OF_BLOCKS = {case.name for case in CASES if case.sizes}
 
 
 @pytest.mark.parametrize("name", CASE)
 def test_op_and_plain_function_compute_the_same(name: str) -> None:
     case = CASE[name]
-    run = Bench(case, SHAPE, CPU)
+    run = Bench(case, case.quick, CPU)
     for variant in (Variant("eager", case.plain), Variant("reference", case.fused, "reference")):
         for key, observed in run.observe(variant).items():
             # One rounding to bfloat16, twice as much when it is a random one, beside float32's own; plain functions
-            # may round a product before they add.
-            assert observed["error"] <= 2.1 * unit_roundoff(torch.bfloat16), key
+            # may round a product before they add, and those of blocks after every layer.
+            roundings = 8 if name in OF_BLOCKS and variant.name == "eager" else 2.1
+            assert observed["error"] <= roundings * unit_roundoff(torch.bfloat16), key
             assert observed["peak_bytes"] >= 0
 
 
 @pytest.mark.parametrize("name", CASE)
 def test_least_bytes_are_each_tensor_once(name: str) -> None:
     case = CASE[name]
-    inputs = case.inputs(SHAPE, CPU)
+    inputs = case.inputs(case.quick, CPU)
     outputs = case.fused(inputs)
     if case.latents:
         # The rounding's destination is only written.
         read = sum(dtype.itemsize for of, dtype in case.latents.items() if of != "dst")
-        written = sum(output.element_size() for output in outputs if output.shape == SHAPE)
+        written = sum(output.element_size() for output in outputs if output.shape == case.quick)
         assert case.forward_bytes == read + written
-    if case.differentiable and case.latents:
+    if name in OF_BLOCKS:
+        # The gradients at outputs and the latents are read, those at latents written, but for x, whose is the output's.
+        passed_on = name == "gated_residual"
+        assert case.backward_bytes == 2 * case.sources + 4 * (len(case.latents) - passed_on)
+    elif case.differentiable and case.latents:
         # The gradient at x is the one that came in, except for the op that scales it.
         free = 0 if case.op == "scale_gradient" else 1
         assert case.backward_bytes == 2 + 2 * (len(case.differentiable) - free)

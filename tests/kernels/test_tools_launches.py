@@ -2,7 +2,7 @@
 
 For sizes that Triton compiles versions of their own for: of one element, at unaligned addresses, and beyond 2^31
 elements, whose tensors have no memory. The first and the last program are walked through: what they read and write is
-within the tensors, from the first byte to the last, which it would not be if 32 bits had overflown.
+within the tensors, from the first byte to the last, which it would not be if 32 bits had overflown. GPUs take turns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from leap_kernels.tools.launch_cases import LAUNCHERS
 
 LAUNCH = """
 import json
+from collections import Counter
 from dataclasses import replace
 import torch
 from leap_kernels._catalog import OPS
@@ -28,7 +29,6 @@ from leap_kernels.tools.launches import Inputs
 
 SIZES = {
     "one element": (1, 1),
-    "odd": (3, 1001, 1),
     "2^31 in few samples": (3, (1 << 30) + 1, 3),
     "2^31 in many samples": ((1 << 22) + 1, 1 << 10),
     "2^31 in each sample": (2, 1 << 31),
@@ -44,34 +44,49 @@ def reach(launch, program, target, spec, count):
             spans[names[access.argument]] = min(first, access.first), max(end, access.end)
     return spans, traffic.vector_bits
 
-for op in OPS:
-    for spec in op.kernels:
-        for size, numbers in SIZES.items():
-            inputs = Inputs(*numbers[:2], spec.dtypes[-1], *numbers[2:])
-            if spec.row:  # Through a table Triton does not see what divides by 16: it is told.
-                aligned = inputs.offset == 0 and inputs.count % 16 == 0
-                spec = replace(spec, constexprs={**spec.constexprs, "ALIGNED": aligned})
-            for target in TARGETS[:3]:
-                launch, _ = launched(spec, inputs, target)
-                tensors = {name: v for name, v in launch.arguments.items() if isinstance(v, torch.Tensor)}
-                line = {
-                    "kernel": spec.name,
-                    "size": size,
-                    "target": target.name,
-                    "grid": launch.grid,
-                    "types": launch.signature,
-                    "integers": {name: v for name, v in launch.parameters.items() if isinstance(v, int)},
-                    "num_warps": launch.compiled.metadata.num_warps,
-                    "fp_fusion": launch.compiled.metadata.enable_fp_fusion,
-                    "cubin": len(launch.compiled.asm["cubin"]),
-                    "bytes": {name: tensor.nbytes for name, tensor in tensors.items()},
-                    "whole": [name for name, tensor in tensors.items() if tensor.numel() == inputs.count],
-                }
-                # One program that takes all samples would be walked through for hours.
-                if launch.programs > 1 or inputs.count < 1 << 20:
-                    line["first"], line["bits"] = reach(launch, 0, target, spec, inputs.count)
-                    line["last"], _ = reach(launch, launch.programs - 1, target, spec, inputs.count)
-                print(json.dumps(line))
+def extent(tensor):  # from the first byte to the last, of a view too
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.itemsize * (last + 1) if tensor.numel() else 0
+
+seen = set()
+variants = Counter()
+number = 0
+for spec in (spec for op in OPS for spec in op.kernels):
+    # Other dtypes have the same addresses.
+    kind = (id(spec.kernel), tuple(spec.constexprs.items()), "packed" in spec.name, spec.dtypes == (torch.float32,))
+    if kind in seen:
+        continue
+    seen.add(kind)
+    # Of a kernel with other constants, every second size.
+    variants[spec.kernel] += 1
+    sizes = list(SIZES.items()) if variants[spec.kernel] == 1 else list(SIZES.items())[variants[spec.kernel] % 2 :: 2]
+    for size, numbers in sizes:
+        number += 1
+        target = TARGETS[(number + number // 12) % 3]
+        inputs = Inputs(*numbers[:2], spec.dtypes[-1], *numbers[2:])
+        if spec.row:  # Through a table Triton does not see what divides by 16: it is told.
+            aligned = inputs.offset == 0 and inputs.count % 16 == 0
+            spec = replace(spec, constexprs={**spec.constexprs, "ALIGNED": aligned})
+        launch, _ = launched(spec, inputs, target)
+        tensors = {name: v for name, v in launch.arguments.items() if isinstance(v, torch.Tensor)}
+        line = {
+            "kernel": spec.name,
+            "size": size,
+            "target": target.name,
+            "grid": launch.grid,
+            "types": launch.signature,
+            "integers": {name: v for name, v in launch.parameters.items() if isinstance(v, int)},
+            "num_warps": launch.compiled.metadata.num_warps,
+            "fp_fusion": launch.compiled.metadata.enable_fp_fusion,
+            "cubin": len(launch.compiled.asm["cubin"]),
+            "bytes": {name: extent(tensor) for name, tensor in tensors.items()},
+            "whole": [n for n, t in tensors.items() if t.numel() == inputs.count and extent(t) == t.nbytes],
+        }
+        # One program that takes all samples, or the sums of one, would be walked through for hours.
+        if inputs.count < 1 << 20 or (launch.programs > 1 and not spec.sums_only):
+            line["first"], line["bits"] = reach(launch, 0, target, spec, inputs.count)
+            line["last"], _ = reach(launch, launch.programs - 1, target, spec, inputs.count)
+        print(json.dumps(line))
 """
 MANY = ("", "/any_offset", "/float32")
 UNUSED = {
@@ -83,6 +98,9 @@ UNUSED = {
     "euler_step/backward": {"second_out_ptr"},
     **{f"adamw_8bit_step_many_{variant}": {"parameter_ptr", "gradient_ptr"} for variant in MANY},
     "total_norm": {"value_ptr"},
+    "gated_residual/backward_of_y": {"y_ptr"},
+    "qk_norm_rope/norm_only": {"cos_ptr", "sin_ptr"},
+    "qk_norm_rope/backward_frozen": {"partial_ptr"},
 }
 """Pointers that a launcher passes and its kernel does not follow; it may follow those in its table."""
 SPECS = {spec.name: spec for op in OPS for spec in op.kernels}
@@ -103,12 +121,18 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.triton
-def test_every_size_compiles_for_every_gpu_as_the_catalog_says(lines) -> None:
-    assert len(lines) == len(SPECS) * 5 * 3
+def test_every_size_compiles_as_the_catalog_says(lines) -> None:
+    assert {(SPECS[line["kernel"]].kernel, line["size"]) for line in lines} == {
+        (spec.kernel, line["size"]) for spec in SPECS.values() for line in lines
+    }
+    assert {(line["size"], line["target"]) for line in lines} == {
+        (line["size"], target) for line in lines for target in ("sm_80", "sm_90", "sm_100")
+    }
     for line in lines:
         spec, where = SPECS[line["kernel"]], (line["kernel"], line["size"], line["target"])
         assert line["cubin"] > 0, where
-        assert (line["num_warps"], line["fp_fusion"]) == (spec.num_warps, spec.fp_fusion), where
+        assert line["num_warps"] == spec.num_warps or "BLOCK" in spec.shaped, where
+        assert line["fp_fusion"] == spec.fp_fusion, where
         assert line["grid"][0] < 1 << 31, where
         assert line["grid"][1:] == [1, 1], where
         for name, said in spec.arguments.items():
@@ -120,9 +144,12 @@ def test_every_size_compiles_for_every_gpu_as_the_catalog_says(lines) -> None:
 @pytest.mark.slow
 @pytest.mark.triton
 def test_all_of_the_tensors_is_reached_and_nothing_beside_them(lines) -> None:
-    walked = [line for line in lines if "last" in line]
-    assert len(walked) == len(lines) - 3 * 3, "of the loss three sizes are too large"
-    for line in walked:
+    skipped = {(line["kernel"], line["size"]) for line in lines if "last" not in line}
+    of_sums = ("consistency_weighted_loss", "group_norm_silu/group_moments", "group_norm_silu/group_gradients")
+    assert skipped == {(name, line["size"]) for name in of_sums for line in lines if line["size"] != "one element"}
+    for line in lines:
+        if "last" not in line:
+            continue
         where = (line["kernel"], line["size"], line["target"])
         assert line["first"].keys() == line["last"].keys(), where
         if line["size"] != "one element":
@@ -140,7 +167,7 @@ def test_all_of_the_tensors_is_reached_and_nothing_beside_them(lines) -> None:
 @pytest.mark.triton
 def test_addresses_that_are_not_aligned_get_a_version_of_their_own(lines) -> None:
     for line in lines:
-        if "bits" in line and line["size"] == "odd":
+        if line.get("bits") and line["size"] == "2^31 in few samples":
             assert line["bits"] < 128, line["kernel"]
-        if "bits" in line and line["size"] == "2^31 in each sample":
+        if line.get("bits") and line["size"] == "2^31 in each sample":
             assert line["bits"] >= 32, line["kernel"]

@@ -57,7 +57,7 @@ PLACES = _places()
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_has_no_races(parts: Path, tmp_path: Path, place: str) -> None:
     """Of training, samples by the average and checkpoints."""
-    short = ("train.iterations=2", "checkpoint.every=1", "samples.every=1", "samples.count=1")
+    short = ("rollout.num_steps=2", "train.iterations=2", "checkpoint.every=1", "samples.every=1", "samples.count=1")
     config = config_of(parts, tmp_path / "run", *short, *PLACES[place])
     with watched() as world:
         run = Run.from_config(config)

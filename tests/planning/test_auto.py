@@ -17,7 +17,8 @@ from leapalign import cli
 from leapalign.config import Config, override, save_config
 from leapalign.inputs.validation import UserError, validated
 from leapalign.planning import auto
-from leapalign.planning.auto import FILLED, fastest
+from leapalign.planning.allowance import CONTEXT, DRIVER, WORKSPACES
+from leapalign.planning.auto import FILLED, fastest, for_tensors
 from leapalign.planning.simulate import Simulation, simulate
 
 
@@ -62,17 +63,19 @@ def test_less_memory_makes_it_slower_step_by_step(parts: Path) -> None:
     least = auto.simulate(applied(config, *auto.PLACES[-1], *auto.SMALLEST)).device_peak
     places = []
     for share in (0.9, 0.1):
-        memory = (least + share * (most - least)) / FILLED
-        settings, chosen, found = fastest(config, int(memory))
-        assert found.device_peak <= memory * FILLED
+        room = least + share * (most - least)
+        card = round((room / FILLED + CONTEXT + WORKSPACES) / (1 - DRIVER))
+        assert for_tensors(card) == pytest.approx(room, abs=10)
+        settings, chosen, found = fastest(config, card)
+        assert found.device_peak <= room
         places.append(settings[:2])
         size = 2 * (chosen.train.microbatch or 0)
         if size <= chosen.rollout.batch_size:
             larger = auto.simulate(applied(config, *settings, f"train.microbatch={size}"))
-            assert larger.device["surrogate"].total > memory * FILLED
+            assert larger.device["surrogate"].total > room
     assert places == sorted(places, key=auto.PLACES.index)
     assert len(set(places)) > 1
-    with pytest.raises(UserError, match=r"nothing fits.*reduce the size of the images"):
+    with pytest.raises(UserError, match=r"nothing fits: tensors may take 0.* GiB.*reduce the size of the images"):
         fastest(config, least // 2)
 
 
@@ -85,7 +88,7 @@ def test_the_command_prints_settings_that_can_be_pasted(
 ) -> None:
     path = tmp_path / "config.yaml"
     save_config(asked(parts), path)
-    assert cli.main(["memory", "--config", str(path), "--auto", "--gpu-memory", "1GiB", "--json"]) == 0
+    assert cli.main(["memory", "--config", str(path), "--auto", "--gpu-memory", "2GiB", "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out.splitlines()[-1])
     assert found["fits"]

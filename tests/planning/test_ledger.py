@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.activation_memory import measure
+from leapalign.memory.residency import host_memory
 from leapalign.planning.ledger import StorageLedger
 
 
@@ -22,6 +23,24 @@ def test_ledger_counts_what_backward_keeps() -> None:
         loss.backward()
         del hidden, view, loss
         assert ledger.live == matrix, "the weight's gradient stays"
+
+
+def test_what_is_excluded_later_is_taken_out() -> None:
+    """From where it was counted, device or host, once; a peak that it was part of stays."""
+    matrix = 40_000
+    with StorageLedger() as ledger:
+        on_device = torch.zeros(100, 100)
+        with host_memory("gradients"):
+            on_host = torch.zeros(100, 100)
+        ledger.exclude(on_device, on_host, on_device.view(-1))
+        assert (ledger.live, ledger.host.total) == (0, 0)
+        assert ledger.peak == matrix
+        doubled = 2 * on_device
+        assert ledger.live == ledger.peak == matrix
+        del on_device, on_host
+        assert ledger.live == matrix, "they are gone once"
+        ledger.count(doubled, role="weights")
+        assert ledger.device.live["weights"] == ledger.live == matrix
 
 
 def test_staged_backward_needs_at_most_0_6_of_the_inline_graph() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,16 @@ from watched_runs import other_reward, watched
 
 from leapalign import cli
 from leapalign.inputs.validation import UserError
+from leapalign.planning import simulate as simulation
+from leapalign.planning.caching_allocator import Event, reserved
 from leapalign.planning.fit import parse_size
 from leapalign.planning.ledger import StorageLedger
 from leapalign.planning.simulate import BETWEEN, ITERATION, simulate, step_seconds
 
 FACTORS = "optimizer.name=adafactor"
 MOMENTS = "optimizer.name=adamw"
+PAGE = 20 * 2**20
+"""Bytes by which the allocator's memory for larger blocks grows."""
 
 
 @pytest.mark.parametrize(
@@ -32,10 +37,17 @@ MOMENTS = "optimizer.name=adamw"
         pytest.param("optimizer.name=bnb_adamw_8bit", "plain", marks=pytest.mark.bitsandbytes),
     ],
 )
-def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, optimizer: str, place: str) -> None:
+def test_simulated_peaks_are_the_real_ones(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, place: str
+) -> None:
     asked = (*PLACES.get(place, ()), "train.batch_size=8", "watch.seeds=2", other_reward(parts))
     config = watched(parts, tmp_path / "run", optimizer, *asked)
+    seen: list[list[Event]] = []
+    monkeypatch.setattr(simulation, "reserved", lambda events: seen.append(events) or reserved(events))
     real, found = measured(config), simulate(config)
+    assert most_alive(seen[0]) == pytest.approx(found.device_peak, rel=0.005)
+    assert most_alive(real.events) == pytest.approx(real.peak, rel=0.005)
+    assert found.reserved == pytest.approx(reserved(real.events), abs=PAGE)
     assert set(found.device) == {*ITERATION, *BETWEEN}
     for simulated, counted in ((found.device, real.device.peaks), (found.host, real.host.peaks)):
         for stage in (*ITERATION, *BETWEEN):
@@ -43,6 +55,17 @@ def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, optimize
             if stage == "saving" and simulated is found.host and config.memory.optimizer == "device":
                 expected += saved_from_the_device(real)
             assert (simulated[stage].total if stage in simulated else 0) == pytest.approx(expected, rel=0.005), stage
+
+
+def most_alive(events: Sequence[Event]) -> int:
+    alive: dict[int, int] = {}
+    total = most = 0
+    for storage, size in events:
+        total += size or -alive.pop(storage)
+        if size:
+            alive[storage] = size
+        most = max(most, total)
+    return most
 
 
 def saved_from_the_device(real: StorageLedger) -> int:

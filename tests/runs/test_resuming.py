@@ -67,6 +67,7 @@ SHOWN = {
     "memory.stream_buffers": "2",
     "memory.checkpointing": "blocks",
     "memory.checkpoint_decoder": "true",
+    "memory.rewards": "host",
     "memory.attention": "native",
     "checkpoint.every": "1",
     "checkpoint.keep": "1",
@@ -100,6 +101,7 @@ FORBIDDEN = {
     "optimizer.name": "optimizer.name=adafactor",
     "ema.dtype": "ema.dtype=bfloat16",
     "train.batch_size": "train.batch_size=4",
+    "kernels.patch": "kernels.patch=true",
     PROMPTS_DIGEST: "prompts.path=OTHER",
 }
 FORBIDDEN_ELSEWHERE = {

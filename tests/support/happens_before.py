@@ -7,6 +7,7 @@ A function on the background runs at once, and its clock says that nobody waited
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections import Counter
@@ -148,12 +149,10 @@ class _Watch(TorchDispatchMode):
         made = [t for t in tree_iter(out) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known]
         if HOST.get() or world.thread is not world.host:
             world.in_host_memory.update(t.untyped_storage()._cdata for t in made)
-        arguments = func._schema.arguments
-        named = {spec.name: value for spec, value in zip(arguments, args, strict=False)} | kwargs
-        changed = [s.name for s in arguments if s.alias_info and s.alias_info.is_write]
+        op, names, changed, aliased = _schema_of(func)
+        named = dict(zip(names, args, strict=False)) | kwargs if changed else {}
         written = [t for name in changed for t in tree_iter(named.get(name)) if isinstance(t, Tensor)]
-        view = not written and any(r.alias_info for r in func._schema.returns)
-        op = func.__name__.split(".")[0]
+        view = not written and aliased
         if view or op in ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view"):
             return out
         agent = world.at_work(inputs + made, op)
@@ -163,6 +162,15 @@ class _Watch(TorchDispatchMode):
         for tensor in written + made:
             world.access(agent, tensor, True, op)
         return out
+
+
+@functools.cache
+def _schema_of(func: Any) -> tuple[str, list[str], list[str], bool]:
+    """An op's name, its arguments, those that it writes into, and whether it returns a view."""
+    schema = func._schema
+    changed = [s.name for s in schema.arguments if s.alias_info and s.alias_info.is_write]
+    aliased = any(r.alias_info for r in schema.returns)
+    return func.__name__.split(".")[0], [s.name for s in schema.arguments], changed, aliased
 
 
 def _streams(world: World) -> Any:

@@ -11,10 +11,10 @@ from pathlib import Path
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 
-def wheel_of(sources: Path | str, folder: Path, compiler: bool) -> Path:
+def wheel_of(sources: Path | str, folder: Path, compiler: Path | None) -> Path:
     """Build a wheel of what pip is told into ``folder``; without a C++ compiler it is sooner done."""
     build = [*PIP, "wheel", str(sources), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
-    subprocess.run(build, check=True, env=os.environ if compiler else {**os.environ, "CXX": "none"})
+    subprocess.run(build, check=True, env={**os.environ, "CXX": str(compiler or "none")})
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -33,7 +33,7 @@ def bare_python(folder: Path) -> Path:
 
 def install(python: Path, *wheels: Path) -> None:
     """Install wheels, and nothing else."""
-    pip = [*PIP, "--python", str(python), "install", "--no-deps", "--no-index"]
+    pip = [*PIP, "--python", str(python), "install", "--no-deps", "--no-index", "--no-compile"]
     subprocess.run([*pip, *map(str, wheels)], check=True)
 
 

@@ -33,9 +33,12 @@ def measured(config: Config) -> StorageLedger:
             transformer = trainer.model.transformer
             ledger.count(*transformer.parameters(), *transformer.buffers(), *scales(transformer), role="weights")
         for term in trainer.rewards:
-            ledger.count(*term.reward.parameters(), *term.reward.buffers(), role="reward")
+            ledger.count(*term.reward.buffers(), role="reward")
+            if config.memory.rewards == "resident":
+                ledger.count(*term.reward.parameters(), role="reward")
         trainer.embeddings = trainer.embeddings[torch.arange(len(trainer.prompts))]
         ledger.exclude(*trainer.embeddings.tensors())
+        ledger.begin_events()
         trainer.draw_samples()
         if watch:
             _look(watch, trainer, ledger)

@@ -12,6 +12,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "attention kept": ("memory.checkpointing=attention",),
     "every other block": ("memory.checkpointing=blocks", "memory.checkpoint_every=2"),
     "host optimizer": (HOST,),
+    "rewards on the host": ("memory.rewards=host",),
     "streamed": STREAMED,
     "streamed through two buffers": (*STREAMED, "memory.stream_buffers=2"),
     "streamed, a sample at a time": (*STREAMED, "train.microbatch=1"),

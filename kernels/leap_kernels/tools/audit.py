@@ -12,17 +12,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import _triton
+from .._catalog import OPS
 from .gpus import NOT_MEASURED, ROOFLINE_SHAPE
 from .report import ToolError, provenance, text_table
+from .roundings import BITS, COPIED, NEAREST
 
 # The bars that every kernel has to clear on every NVIDIA target.
 VECTOR_BITS = 128
-BYTES_RATIO = 1.02
+BYTES_RATIO = 1.05
 
 
 def add_commands(commands: Any) -> None:
     """Add `audit` to the command line."""
     parser = commands.add_parser("audit", help="compile the Triton kernels without a GPU and read their machine code")
+    parser.add_argument("--op", choices=[op.name for op in OPS], metavar="OP", help="only this op")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.set_defaults(execute=run)
 
@@ -30,7 +33,7 @@ def add_commands(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the audit; the exit code is 1 if a kernel misses a bar."""
     lines = []
-    for line in audit():
+    for line in audit(arguments.op):
         lines.append(line)
         if arguments.json:
             print(json.dumps(line), flush=True)
@@ -41,8 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(line["misses"] for line in lines) else 0
 
 
-def audit() -> Iterator[dict[str, Any]]:
-    """Yield a JSON object for each kernel and target, in the order of the catalog.
+def audit(op: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield a JSON object for each kernel, dtype and target, in the order of the catalog, or for those of one op.
 
     Raises:
         ToolError: if there is no Triton, or a kernel does not compile or cannot be counted.
@@ -54,7 +57,7 @@ def audit() -> Iterator[dict[str, Any]]:
         # None of Triton's settings: the interpreter cannot compile, and overrides would change what is read.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
         environment["TRITON_CACHE_DIR"] = cache
-        command = [sys.executable, "-m", f"{__package__}.audit_compile"]
+        command = [sys.executable, "-m", f"{__package__}.audit_compile", *([] if op is None else [op])]
         with (
             tempfile.TemporaryFile("w+") as errors,
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as compiler,
@@ -72,19 +75,36 @@ def misses(line: dict[str, Any]) -> list[str]:
     """Name the bars that a kernel misses; for AMD the bar is that it compiles."""
     if not line["target"].startswith("sm_"):
         return []
+    few = line["sums_only"]
+    wrong = [
+        name for name, how in line["roundings"].items() if not _rounded(how, name in line["rounded_stochastically"])
+    ]
     bars = {
         "spills": line["spills"] == 0,
         "atomics": line["atomics"] == 0,
         "no float64": line["float64_instructions"] == 0,
-        f"accesses of {VECTOR_BITS} bits": (line["vector_bits"] or 0) >= VECTOR_BITS and line["widths_agree"],
-        f"bytes at most {BYTES_RATIO} x least": line["bytes_ratio"] <= BYTES_RATIO,
+        f"accesses of {VECTOR_BITS} bits": few or ((line["vector_bits"] or 0) >= VECTOR_BITS and line["widths_agree"]),
+        f"bytes at most {BYTES_RATIO} x least": few or line["bytes_ratio"] <= BYTES_RATIO,
+        f"rounding ({'; '.join(f'{name}: ' + line['roundings'][name] for name in wrong)})": not wrong,
         f"launched as in the catalog ({'; '.join(line['launched_otherwise'])})": not line["launched_otherwise"],
     }
     return [name for name, cleared in bars.items() if not cleared]
 
 
+def _rounded(how: str, stochastically: bool) -> bool:
+    """Say whether numbers were rounded as they should be; what is copied need not be."""
+    if stochastically:
+        return BITS in how and NEAREST not in how
+    return how in (NEAREST, COPIED)
+
+
+def _called(line: dict[str, Any], name: str) -> str:
+    return "stochastic" if name in line["rounded_stochastically"] else str(line["roundings"][name])
+
+
 HEADER = (
     "kernel",
+    "dtype",
     "target",
     "registers",
     "spills",
@@ -95,14 +115,16 @@ HEADER = (
     "ratio",
     "occupancy",
     "roofline",
+    "roundings",
 )
 
 
 def row(line: dict[str, Any]) -> tuple[str, ...]:
     """Return a line's cells under `HEADER`."""
-    counted = line["bytes_ratio"] is not None
+    counted = line["bytes_per_element"] is not None
     return (
         line["kernel"],
+        line["dtype"],
         line["target"],
         str(line["registers"]),
         str(line["spills"]),
@@ -110,9 +132,10 @@ def row(line: dict[str, Any]) -> tuple[str, ...]:
         str(line["vector_bits"]),
         f"{line['bytes_per_element']:.3f}" if counted else "not counted",
         str(line["least_bytes_per_element"]),
-        f"{line['bytes_ratio']:.4f}" if counted else "not counted",
+        "-" if line["bytes_ratio"] is None else f"{line['bytes_ratio']:.4f}",
         f"{line['occupancy']:.0%}",
         f"{line['roofline']['microseconds']:.1f} us on {line['roofline']['gpu']}" if line["roofline"] else "-",
+        ", ".join(sorted({_called(line, name) for name in line["roundings"] or {}})) or "-",
     )
 
 

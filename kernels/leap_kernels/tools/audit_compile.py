@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,36 @@ from typing import Any
 import torch
 
 from .._catalog import OPS
-from .._specs import KernelSpec
+from .._specs import LATENTS, KernelSpec
 from .._triton import triton
 from .gpus import NOT_MEASURED, ROOFLINE_SHAPE, TARGETS, Target, occupancy, roofline_microseconds
 from .launch_cases import LAUNCHERS
 from .launches import Inputs, Launch, Launcher, recorded
 from .machine_code import MachineCode, read_cdna, read_sass
 from .ptx import Argument, Traffic, address_of, count_traffic
+from .ptx_parse import parse
+from .roundings import roundings
 
 # The walk takes the second program of the first sample: a full one, with a neighbour on either side.
 _PROGRAM = 1
-# No multiple of 16, for which Triton would compile a version of its own; the sizes are such multiples.
-_PROGRAMS_PER_SAMPLE = 17
 _SAMPLES = 2
+_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def main() -> None:
-    """Print a line for every kernel and target."""
+    """Print a line for every kernel, dtype and target, or those of the op that the command line names."""
     for op in OPS:
-        for spec in op.kernels:
-            dtype = torch.bfloat16 if torch.bfloat16 in spec.dtypes else spec.dtypes[0]
-            for target in TARGETS:
-                print(json.dumps(examine(spec, dtype, target)), flush=True)
+        for spec in op.kernels if op.name in (sys.argv[1:] or [op.name]) else ():
+            for dtype in audited(spec):
+                for target in TARGETS:
+                    print(json.dumps(examine(spec, dtype, target)), flush=True)
+
+
+def audited(spec: KernelSpec) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of the latents that a kernel is held to the bars in: float16 is to memory what bfloat16 is."""
+    if not any(LATENTS in kind for kind in spec.arguments.values()):
+        return spec.dtypes[:1]
+    return tuple(dtype for dtype in _DTYPES if dtype in spec.dtypes)
 
 
 def examine(spec: KernelSpec, dtype: torch.dtype, target: Target, launcher: Launcher | None = None) -> dict[str, Any]:
@@ -44,7 +53,7 @@ def examine(spec: KernelSpec, dtype: torch.dtype, target: Target, launcher: Laun
 
     The launcher is that of the op, unless another is given.
     """
-    inputs = Inputs(_SAMPLES, spec.elements * _PROGRAMS_PER_SAMPLE, dtype)
+    inputs = Inputs(_SAMPLES, spec.elements * spec.programs, dtype)
     launch, torch_bytes = launched(spec, inputs, target, launcher)
     compiled = launch.compiled
     shared, num_warps = compiled.metadata.shared, compiled.metadata.num_warps
@@ -69,10 +78,12 @@ def examine(spec: KernelSpec, dtype: torch.dtype, target: Target, launcher: Laun
         "machine_accesses": {f"{kind} {bits}": count for (kind, bits), count in sorted(code.accesses.items())},
         "elements_per_program": inputs.count // launch.programs,
         "num_warps": num_warps,
+        "sums_only": spec.sums_only,
+        "rounded_stochastically": spec.stochastic,
         "launched_otherwise": _otherwise(spec, launch, inputs),
         "occupancy": occupancy(target, code.registers, shared, num_warps),
-        # Where the elements are samples, there are too few of them for memory to set the time.
-        "roofline": None if "batch" in spec.arguments else _roofline(target, rate),
+        # Where the elements are samples or sums, there are too few of them for memory to set the time.
+        "roofline": None if "batch" in spec.arguments or spec.sums_only else _roofline(target, rate),
     }
 
 
@@ -85,18 +96,17 @@ def launched(spec: KernelSpec, inputs: Inputs, target: Target, launcher: Launche
     """Return the launch of `spec`, and the bytes that PyTorch's operations move beside the launcher's launches.
 
     Raises:
-        ValueError: if the launcher does not launch the kernel once with the constants of `spec`.
+        ValueError: if the launcher does not launch the kernel once with the constants of `spec`, save those that
+            follow from the shape.
     """
     done = recorded(launcher or LAUNCHERS[spec.name], inputs, target)
-    with_constants = [launch.constexprs for launch in done.launches if launch.kernel is spec.kernel]
-    if with_constants.count(dict(spec.constexprs)) != 1:
-        raise ValueError(
-            f"{spec.name} is launched with {with_constants or 'nothing'}; the catalog says once with {spec.constexprs}"
-        )
-    found = next(
-        launch for launch in done.launches if launch.kernel is spec.kernel and launch.constexprs == spec.constexprs
-    )
-    return found, done.torch_bytes
+    fixed = {name: value for name, value in spec.constexprs.items() if name not in spec.shaped}
+    with_kernel = [launch for launch in done.launches if launch.kernel is spec.kernel]
+    found = [launch for launch in with_kernel if fixed.items() <= launch.constexprs.items()]
+    if len(found) != 1:
+        launched_with = [launch.constexprs for launch in with_kernel] or "nothing"
+        raise ValueError(f"{spec.name} is launched with {launched_with}; the catalog says once with {fixed}")
+    return found[0], done.torch_bytes
 
 
 def _otherwise(spec: KernelSpec, launch: Launch, inputs: Inputs) -> list[str]:
@@ -107,6 +117,7 @@ def _otherwise(spec: KernelSpec, launch: Launch, inputs: Inputs) -> list[str]:
         "fp_fusion": (metadata.enable_fp_fusion, spec.fp_fusion),
         "programs": (launch.programs, 1 if "batch" in spec.arguments else inputs.count // spec.elements),
         **{name: (kind, signature.get(name)) for name, kind in launch.signature.items()},
+        **{name: (launch.constexprs[name], spec.constexprs[name]) for name in spec.shaped},
     }
     return [f"{what} {found}, not {said}" for what, (found, said) in pairs.items() if found != said]
 
@@ -128,17 +139,37 @@ def _count(
     """Walk through one full program, and check that the machine code has kept the PTX's accesses whole."""
     traffic = walked(launch, min(_PROGRAM, launch.programs - 1), target, spec, inputs.count)
     beside = torch_bytes / inputs.count
-    moved = traffic.bytes_moved * launch.programs / inputs.count + beside
-    few = [number for number, name in enumerate([*launch.parameters, *spec.row]) if name in spec.per_group]
-    per_element = Traffic(tuple(access for access in traffic.accesses if access.argument not in few))
+    names = [*launch.parameters, *spec.row]
+
+    def without(left_out: tuple[str, ...]) -> Traffic:
+        return Traffic(tuple(a for a in traffic.accesses if a.argument is None or names[a.argument] not in left_out))
+
+    own = without(spec.common).bytes_moved
+    of_all = launch.programs / inputs.count
+    per_element, moved = without(spec.per_group), own * of_all + beside
     widths = {("store" if a.stores else "load", a.bits) for a in traffic.accesses if not a.opcode.startswith("red")}
     return {
         "vector_bits": per_element.vector_bits,
         "widths_agree": widths == set(code.accesses),
         "bytes_per_element": moved,
+        "common_bytes_per_element": (traffic.bytes_moved - own) * of_all,
         "torch_bytes_per_element": beside,
-        "bytes_ratio": moved / spec.least_bytes(inputs.dtype),
+        "bytes_ratio": None if spec.sums_only else moved / spec.least_bytes(inputs.dtype),
+        "roundings": _roundings(spec, launch, traffic, names),
     }
+
+
+def _roundings(spec: KernelSpec, launch: Launch, traffic: Traffic, names: list[str]) -> dict[str, str]:
+    """Say of each tensor of 16 bits an element that is written how its numbers were made."""
+    instructions, _ = parse(launch.compiled.asm["ptx"])
+    narrow = {name for name, kind in launch.signature.items() if kind in ("*bf16", "*fp16")}
+    accesses = [(a, names[a.argument]) for a in traffic.accesses if a.argument is not None]
+    copies = [access.position for access, name in accesses if name in narrow and not access.stores]
+    stores: dict[str, list[int]] = {}
+    for access, name in accesses:
+        if access.stores and name in narrow:
+            stores.setdefault(name, []).append(access.position)
+    return {name: " and ".join(sorted(roundings(instructions, at, copies))) for name, at in stores.items()}
 
 
 def _tables(spec: KernelSpec, launch: Launch, count: int) -> dict[str, Argument]:
@@ -160,6 +191,8 @@ def _not_counted(code: MachineCode) -> dict[str, Any]:
         "vector_bits": width,
         "widths_agree": None,
         "bytes_per_element": None,
+        "common_bytes_per_element": None,
+        "roundings": None,
         "torch_bytes_per_element": None,
         "bytes_ratio": None,
     }

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from .._dispatch import BackendUnavailable
-from .bench_cases import CASES, DTYPE, QUICK_SIZES, SIZES, Case
+from .bench_case import DTYPE, Case
+from .bench_cases import CASES, SIZES
 from .bench_measures import keep_freed_memory
 from .bench_runs import COPIES, Bench, Key, Seconds, Variant
 from .report import ToolError, provenance, text_table
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         for case in CASES:
             if arguments.op and case.op not in arguments.op:
                 continue
-            sizes = list((QUICK_SIZES if arguments.quick else SIZES).items())
+            sizes = [("quick", case.quick)] if arguments.quick else list((case.sizes or SIZES).items())
             # A case without latents has but a handful of samples on any size.
             for size, shape in sizes if case.latents else sizes[:1]:
                 _show(measure(case, size, shape, quick=arguments.quick), arguments.json)

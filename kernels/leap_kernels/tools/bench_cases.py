@@ -6,8 +6,6 @@ values that errors are measured against. They share no code with the ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
 import torch
@@ -15,60 +13,17 @@ from torch import Tensor
 
 import leap_kernels
 
-Inputs = dict[str, Tensor]
-Outputs = tuple[Tensor, ...]
+from .bench_blocks import BLOCK_CASES
+from .bench_case import DTYPE, SEED, Case, Inputs, Outputs
 
-DTYPE = torch.bfloat16
 SIZES = {
     "flux-720x720-batch-8": (8, 2025, 64),
     "video-batch-1": (1, 32760, 64),
     # 64 MiB a tensor: what a copy costs when caches do not help.
     "beyond-cache": (8, 65536, 64),
 }
-QUICK_SIZES = {"quick": (2, 33, 16)}
-ALPHA, MAX_RATIO, THRESHOLD, TAU, DECAY, SEED = 0.3, 0.5, 0.55, 0.1, 0.995, 7
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op to measure, on bfloat16 latents.
-
-    `latents` are the inputs (B, ...) with the dtype of each, `per_sample` the inputs (B,) in float32, and
-    `differentiable` those that get gradients. `plain` and `fused` (the op) take the same inputs and return the same
-    outputs; gradients come back from the first of them. `exact` gives the outputs in float64 where `plain` cannot.
-    `forward_bytes` and `backward_bytes` are the least that an element costs, an element being one of the latents, or
-    a sample where there are none; without a backward pass the latter is None.
-    """
-
-    op: str
-    _: KW_ONLY
-    variant: str = ""
-    latents: dict[str, torch.dtype]
-    per_sample: tuple[str, ...] = ()
-    plain: Callable[[Inputs], Outputs]
-    fused: Callable[[Inputs], Outputs]
-    forward_bytes: int
-    backward_bytes: int | None = None
-    differentiable: tuple[str, ...] = ()
-    exact: Callable[[Inputs], Outputs] | None = None
-
-    @property
-    def name(self) -> str:
-        """The op, with the variant if there are several."""
-        return f"{self.op}/{self.variant}" if self.variant else self.op
-
-    def inputs(self, shape: tuple[int, ...], device: torch.device) -> Inputs:
-        """Draw the inputs, the same in every run: latents normal, per-sample values in (0, 1)."""
-        generator = torch.Generator().manual_seed(SEED)
-        values = {name: torch.randn(shape, generator=generator).to(device, to) for name, to in self.latents.items()}
-        values |= {name: torch.rand(shape[:1], generator=generator).to(device) for name in self.per_sample}
-        for name in self.differentiable:
-            values[name].requires_grad_()
-        return values
-
-    def elements(self, shape: tuple[int, ...]) -> int:
-        """Return how many elements latents of `shape` have: those that the bytes are counted by."""
-        return torch.Size(shape).numel() if self.latents else shape[0]
+"""Of the latents of a sampler."""
+ALPHA, MAX_RATIO, THRESHOLD, TAU, DECAY = 0.3, 0.5, 0.55, 0.1, 0.995
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -276,4 +231,5 @@ CASES = (
         )
         for variant, average in (("", torch.float32), ("bfloat16", DTYPE))
     ),
+    *BLOCK_CASES,
 )

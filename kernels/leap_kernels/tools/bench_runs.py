@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import use_backend
-from .bench_cases import Case, Inputs, Outputs
+from .bench_case import Case, Inputs, Outputs
 from .bench_measures import Clock, peak_bytes, relative_error
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -41,14 +41,14 @@ class Variant:
 
 
 class Bench:
-    """A case on latents of one shape: its inputs, the exact results, and the gradient that its backward starts from."""
+    """A case on latents of one shape: its inputs, exact results, and the gradients that its backward begins with."""
 
     def __init__(self, case: Case, shape: tuple[int, ...], device: torch.device) -> None:
         self.case = case
         self.device = device
         self.clock = Clock(device)
         self.inputs = case.inputs(shape, device)
-        self.gradient = self._first_gradient() if case.differentiable else None
+        self.gradients = self._first_gradients() if case.differentiable else ()
         latents = sorted((self.inputs[name].detach() for name in case.latents), key=lambda tensor: tensor.nbytes)
         self.copied = latents[-1:]
         elements = case.elements(shape)
@@ -57,13 +57,13 @@ class Bench:
 
     def forward(self, variant: Variant) -> Outputs:
         """Compute the outputs, with a graph where the case has a backward pass."""
-        with variant.context(), torch.set_grad_enabled(self.gradient is not None):
+        with variant.context(), torch.set_grad_enabled(bool(self.gradients)):
             return variant.function(self.inputs)
 
     def backward(self, variant: Variant, outputs: Outputs) -> tuple[Tensor, ...]:
-        """Send the gradient back through the first output."""
+        """Send the gradients back through the first outputs."""
         with variant.context():
-            return self._gradients(self.inputs, outputs, self.gradient)
+            return self._gradients(self.inputs, outputs, self.gradients)
 
     def take_turns(self, variants: list[Variant], repeats: int) -> Seconds:
         """Give every variant one turn a repeat, and then plain copies of latents; keep the median call of each turn."""
@@ -86,7 +86,7 @@ class Bench:
     def _call(self, variant: Variant) -> dict[Key, float]:
         taken: dict[Key, float] = {}
         taken[variant.name, FORWARD], outputs = self.clock.seconds(lambda: self.forward(variant))
-        if self.gradient is not None:
+        if self.gradients:
             taken[variant.name, BACKWARD], _ = self.clock.seconds(lambda: self.backward(variant, outputs))
         return taken
 
@@ -98,7 +98,7 @@ class Bench:
         error = relative_error(outputs, exact)
         peak = peak_bytes(lambda: None, lambda _: self.forward(variant), self.device)
         observed = {(variant.name, FORWARD): {"error": error, "peak_bytes": peak}}
-        if self.gradient is not None:
+        if self.gradients:
             error = relative_error(self.backward(variant, outputs), exact_gradients)
             peak = peak_bytes(lambda: self.forward(variant), lambda again: self.backward(variant, again), self.device)
             observed[variant.name, BACKWARD] = {"error": error, "peak_bytes": peak}
@@ -110,18 +110,19 @@ class Bench:
         for name in self.case.differentiable:
             inputs[name].requires_grad_()
         outputs = (self.case.exact or self.case.plain)(inputs)
-        if self.gradient is None:
+        if not self.gradients:
             return outputs, ()
-        return outputs, self._gradients(inputs, outputs, self.gradient.double())
+        return outputs, self._gradients(inputs, outputs, tuple(gradient.double() for gradient in self.gradients))
 
-    def _gradients(self, inputs: Inputs, outputs: Outputs, gradient: Tensor | None) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(outputs[0], [inputs[name] for name in self.case.differentiable], gradient)
+    def _gradients(self, inputs: Inputs, outputs: Outputs, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        wanted = [inputs[name] for name in self.case.differentiable]
+        return torch.autograd.grad(outputs[: self.case.sources], wanted, gradients)
 
-    def _first_gradient(self) -> Tensor:
-        """Draw the gradient at the first output, in its dtype."""
-        like = self.case.plain(self.inputs)[0]
+    def _first_gradients(self) -> tuple[Tensor, ...]:
+        """Draw the gradients at the first outputs, in their dtypes."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(like.shape, generator=generator).to(like)
+        sources = self.case.plain(self.inputs)[: self.case.sources]
+        return tuple(torch.randn(like.shape, generator=generator).to(like) for like in sources)
 
 
 def _take_turn(call: Callable[[], dict[Key, float]]) -> dict[Key, float]:

@@ -21,6 +21,7 @@ from ..leap_update import triton_forward as connect
 from ..scale_gradient import triton_scaled
 from ..stochastic_round import triton_round
 from ..total_norm import triton_norm
+from .block_launches import BLOCK_LAUNCHERS
 from .launches import Inputs, Launcher
 
 _FACTORS = Factors(0.9, 0.1, 0.99, 0.01, 1.0, 1e-3, 0.1, 1e-8, 1e-5)
@@ -31,23 +32,38 @@ def _call(launcher: Callable[..., object], *arguments: object) -> Callable[[], o
     return lambda: launcher(*arguments)
 
 
-def _scale(factors: int) -> Launcher:
-    return lambda i: _call(triton_scaled, *i.latents(1), i.numbers(factors), i.dtype)
+def _scale(factors: int, grad: torch.dtype | None = None) -> Launcher:
+    return lambda i: _call(triton_scaled, *i.latents(1, grad), i.numbers(factors), i.dtype)
 
 
-def _euler(i: Inputs) -> Callable[[], object]:
-    return _call(euler, *i.latents(2), *i.numbers(1), None, None)
+def _euler(x: torch.dtype | None = None) -> Launcher:
+    return lambda i: _call(euler, *i.latents(1, x), *i.latents(1), *i.numbers(1), None, None)
 
 
-def _guided(i: Inputs) -> Callable[[], object]:
-    x, velocity, uncond = i.latents(3)
-    delta, scale = i.numbers(2)
-    return _call(euler, x, velocity, delta, uncond, scale)
+def _guided(x: torch.dtype | None = None) -> Launcher:
+    def launcher(i: Inputs) -> Callable[[], object]:
+        velocity, uncond = i.latents(2)
+        delta, scale = i.numbers(2)
+        return _call(euler, *i.latents(1, x), velocity, delta, uncond, scale)
+
+    return launcher
 
 
-def _connect(i: Inputs) -> Callable[[], object]:
-    x, velocity, target = i.latents(3)
-    return _call(connect, x, velocity, *i.numbers(1), target)
+def _connect(x: torch.dtype | None = None) -> Launcher:
+    def launcher(i: Inputs) -> Callable[[], object]:
+        start, target = i.latents(2, x)
+        return _call(connect, start, *i.latents(1), *i.numbers(1), target)
+
+    return launcher
+
+
+def _distances(x: torch.dtype | None = None) -> Launcher:
+    def launcher(i: Inputs) -> Callable[[], object]:
+        x_k, x_j, x_end = i.latents(3, x)
+        v_k, v_j = i.latents(2)
+        return _call(distances, x_k, v_k, x_j, v_j, x_end, *i.numbers(2))
+
+    return launcher
 
 
 def _loss(i: Inputs) -> Callable[[], object]:
@@ -79,19 +95,25 @@ def _adamw_many(weights: torch.dtype, offset: int) -> Launcher:
 
 
 LAUNCHERS: dict[str, Launcher] = {
-    "leap_update": _connect,
-    "leap_update/no_target": _euler,
+    "leap_update": _connect(),
+    "leap_update/float32_x": _connect(torch.float32),
+    "leap_update/no_target": _euler(),
     "leap_update/backward": _scale(1),
-    "leap_distances": lambda i: _call(distances, *i.latents(5), *i.numbers(2)),
+    "leap_distances": _distances(),
+    "leap_distances/float32_x": _distances(torch.float32),
     "consistency_weighted_loss": _loss,
     "scale_gradient/backward": _scale(1),
     "combine_gradient_terms": _combine(None),
     "combine_gradient_terms/norms": _combine(2.0),
     "combine_gradient_terms/limited": _combine(2.0),
-    "euler_step": _euler,
-    "euler_step/guidance": _guided,
+    "euler_step": _euler(),
+    "euler_step/float32_x": _euler(torch.float32),
+    "euler_step/guidance": _guided(),
+    "euler_step/guidance_float32_x": _guided(torch.float32),
     "euler_step/backward": _scale(1),
+    "euler_step/backward_float32_x": _scale(1, torch.float32),
     "euler_step/guidance_backward": _scale(2),
+    "euler_step/guidance_backward_float32_x": _scale(2, torch.float32),
     "stochastic_round_": lambda i: _call(triton_round, i.flat(torch.bfloat16), i.flat(torch.float32), _SEED, 8),
     "accumulate_": lambda i: _call(triton_add, i.flat(torch.float32), i.flat()),
     "ema_update_": lambda i: _call(triton_update, i.flat(torch.float32), i.flat(), 0.005),
@@ -102,5 +124,6 @@ LAUNCHERS: dict[str, Launcher] = {
     "adamw_8bit_step_many_/any_offset": _adamw_many(torch.bfloat16, 3),
     "adamw_8bit_step_many_/float32": _adamw_many(torch.float32, 0),
     "total_norm": lambda i: _call(triton_norm, [i.flat()]),
+    **BLOCK_LAUNCHERS,
 }
 """By the name of the kernel in the catalog."""

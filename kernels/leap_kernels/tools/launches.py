@@ -40,9 +40,9 @@ class Inputs:
         size = torch.Size(shape).numel()
         return torch.empty(self.offset + size, dtype=dtype, device="meta")[self.offset :].view(*shape)
 
-    def latents(self, count: int) -> list[Tensor]:
+    def latents(self, count: int, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Return tensors (batch, per_sample)."""
-        return [self.tensor((self.batch, self.per_sample), self.dtype) for _ in range(count)]
+        return [self.tensor((self.batch, self.per_sample), dtype or self.dtype) for _ in range(count)]
 
     def numbers(self, count: int) -> list[Tensor]:
         """Return float32 tensors (batch,)."""

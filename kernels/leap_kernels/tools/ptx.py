@@ -27,7 +27,7 @@ from .ptx_parse import Instruction, Uncountable, parse
 SECTOR = 32
 # Every pointer argument gets a stretch of the address space of its own, so that an address tells the tensor.
 _STRETCH = 1 << 40
-_MOST_STEPS = 20_000
+_MOST_STEPS = 100_000
 
 _ADDRESS = re.compile(r"\[\s*(?P<base>[%\w$]+)\s*(?:\+\s*(?P<offset>-?\w+))?\s*\]")
 _IMMEDIATE = re.compile(r"-?(?:0x[0-9a-fA-F]+|\d+)U?")
@@ -43,13 +43,14 @@ _WITHOUT_RESULT = ("st", "red", "bar", "barrier", "cp", "fence", "membar")
 class Access:
     """One global memory instruction, and what it moved in all its executions.
 
-    `argument` is the kernel's parameter that it addresses, None as long as it moved nothing; `bits` are those of
-    one thread; `requested` the bytes; `scalar` says whether the threads shared one address each time; `first` and
-    `end` bound the bytes, counted from the parameter's address.
+    `position` is that among the instructions; `argument` the kernel's parameter that it addresses, None as long as it
+    moved nothing; `bits` are those of one thread; `requested` the bytes; `scalar` says whether the threads shared one
+    address each time; `first` and `end` bound the bytes, counted from the parameter's address.
     """
 
     opcode: str
     bits: int
+    position: int
     argument: int | None = None
     scalar: bool = True
     requested: int = 0
@@ -177,7 +178,7 @@ class _Walk:
         if addresses is None:
             raise Uncountable(f"the address of {instruction.opcode} depends on data")
         bits = 8 * int(instruction.operands[2], 0) if copies else _access_bits(instruction.opcode)
-        access = self.accesses.setdefault(position, Access(instruction.opcode, bits))
+        access = self.accesses.setdefault(position, Access(instruction.opcode, bits, position))
         different = np.unique(addresses if active is None else addresses[active])
         if different.size == 0:
             return
