@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +11,16 @@ import torch
 from leapalign.config import ModelConfig
 from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.inputs.validation import UserError
+from leapalign.memory.blocks import in_blocks
 from leapalign.memory.compilation import require_compiler
 from leapalign.memory.placement import training_device
+from leapalign.memory.quantization import quantize, require_quantizer
 from leapalign.models.embeddings import PromptEmbeddings, joined
 from leapalign.models.flux import FluxModel
 from leapalign.models.flux2 import Flux2DevModel, Flux2KleinModel
 from leapalign.models.folder import ModelFolder, Parts, read_index
 from leapalign.models.lora import add_adapter, planned_adapter, start_adapter
 from leapalign.models.protocol import Family, FlowModel
-from leapalign.models.quantization import quantize, require_quantizer
 from leapalign.models.qwen_image import QwenImageModel
 from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
 from leapalign.models.text_encoders import TextEncoder
@@ -36,6 +38,7 @@ FAMILIES: dict[str, Family] = {
     "ZImagePipeline": ZImageModel,
 }
 """By the class of pipeline in a model's ``model_index.json``."""
+QUANTIZATION = "model.quantization"
 ENCODED_AT_ONCE = 16
 """Prompts; T5 attends over 512 tokens each, 1 GiB of float32 scores a layer for 16."""
 
@@ -45,11 +48,11 @@ def load_model(config: ModelConfig) -> FlowModel:
     quantized."""
     if config.compile:
         require_compiler(training_device())
-    require_quantizer(config, training_device())
+    dtype = getattr(torch, config.dtype)
+    require_quantizer(config.quantization, dtype, training_device(), QUANTIZATION)
     with progress("load the model", 1, "model") as bar:
-        model = assembled(ModelFolder(resolve(config.path), getattr(torch, config.dtype)), config)
-        if config.quantization is not None:
-            quantize(model.transformer, config.quantization, training_device())
+        model = assembled(ModelFolder(resolve(config.path), dtype), config)
+        quantize_blocks(model, config, training_device())
         bar.update()
     if config.adapted:
         plan = planned_adapter(model.transformer, config)
@@ -58,6 +61,13 @@ def load_model(config: ModelConfig) -> FlowModel:
     if config.compile:
         compile_blocks(model.transformer)
     return model
+
+
+def quantize_blocks(model: FlowModel, config: ModelConfig, device: torch.device) -> None:
+    """Quantizes the transformer's blocks on ``device``, where ``config`` says so. Raises UserError as `quantize`."""
+    if config.quantization is not None:
+        inside = partial(in_blocks, model.transformer)
+        quantize(model.transformer, config.quantization, device, inside, QUANTIZATION)
 
 
 def compile_blocks(transformer: Any) -> None:

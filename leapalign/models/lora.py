@@ -15,8 +15,8 @@ from torch import nn
 
 from leapalign.config import ModelConfig
 from leapalign.inputs.validation import UserError, shortened
+from leapalign.memory.blocks import in_blocks, linear_layers
 from leapalign.models.adapter_files import Adapter, published_adapter, write_adapter
-from leapalign.models.blocks import in_blocks, linear_layers
 from leapalign.streams import ADAPTER_STREAM, seed_of
 
 ADAPTER = "default"

@@ -83,9 +83,11 @@ def change(name: Stage, by_role: Mapping[Role, int], config: Config) -> str:
         return "reduce rollout.batch_size: so many images are decoded at once between iterations"
     if name == "surrogate" and config.train.microbatch != 1:
         return "set train.microbatch to 1: the surrogate's activations are at the peak"
-    if memory.optimizer == "device":
+    if config.model.adapted and config.model.quantization is None and memory.weights == "resident":
+        return "set model.quantization to nf4: weights that stay frozen may have four bits"
+    if memory.optimizer == "device" and not config.model.adapted:
         return f"set memory.optimizer to host: {role} are the largest part, and gradients and moments can leave"
-    if memory.weights == "resident":
+    if memory.weights == "resident" and config.model.quantization is None:
         return "set memory.weights to streamed: the weights are the largest part"
     return "reduce rollout.batch_size, or the size of the images"
 

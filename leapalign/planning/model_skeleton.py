@@ -17,11 +17,10 @@ from leapalign.config import Config
 from leapalign.inputs.networks import require_class
 from leapalign.inputs.validation import UserError, brief
 from leapalign.methods import get_method
-from leapalign.models import assembled, family_of, guided
+from leapalign.models import assembled, family_of, guided, quantize_blocks
 from leapalign.models.folder import holds
 from leapalign.models.lora import add_adapter, planned_adapter
 from leapalign.models.protocol import FlowModel
-from leapalign.models.quantization import quantize
 from leapalign.planning.quantized import made_of_fakes
 from leapalign.reward_gradient import RewardTerm
 from leapalign.rewards import reward_terms, simulated_reward
@@ -67,7 +66,7 @@ def skeleton(config: Config, making: contextlib.AbstractContextManager[Any], rol
     model = assembled(_Configs(str(folder), getattr(torch, config.model.dtype), making), config.model)
     if config.model.quantization is not None:
         with made_of_fakes():
-            quantize(model.transformer, config.model.quantization, torch.device("cpu"))
+            quantize_blocks(model, config.model, torch.device("cpu"))
     if config.model.adapted:
         plan = planned_adapter(model.transformer, config.model)
         # Peft moves adapters to the device of their layer. Fake ones are there, and cannot be moved.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def made_of_fakes() -> Iterator[None]:
-    """Within the block `leapalign.models.quantization.quantize` takes layers of fake tensors.
+    """Within the block `leapalign.models.quantize_blocks` takes layers of fake tensors.
 
     What else it makes is real, but for what follows from these: tables, some of which bitsandbytes keeps.
     """

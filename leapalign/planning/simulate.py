@@ -24,10 +24,10 @@ from torch.utils.flop_counter import flop_registry
 
 from leapalign.config import Config
 from leapalign.memory.checkpointing import prepare_decoder
+from leapalign.memory.quantization import scales
 from leapalign.memory.repetition import run_by
 from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for, watched
 from leapalign.method_gradient import Objective
-from leapalign.models.quantization import scales
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.planning.between import between_iterations, count_watch_rewards
 from leapalign.planning.caching_allocator import Event, reserved

@@ -21,6 +21,8 @@ from leapalign.inputs.hub import unreadable
 from leapalign.inputs.paths import PathText
 from leapalign.inputs.tokenizers import read_tokenizer
 from leapalign.inputs.validation import UserError
+from leapalign.memory.placement import place_reward, training_device
+from leapalign.memory.quantization import quantize, require_quantizer
 from leapalign.reward_gradient import RewardFn
 from leapalign.rewards.checkpoint_files import check_fit, find_file, read_tensors
 from leapalign.rewards.hpsv3_prompt import IMAGE_TOKEN, REWARD_TOKEN, conversation
@@ -34,6 +36,8 @@ PIXELS = 256 * 28 * 28
 """That every image is brought to, but for rounding to whole patches."""
 TEXT_TOKENS = 700
 """Of a conversation in a simulation: what HPSv3 asks, and a prompt of about a hundred."""
+LAYERS = ("visual.blocks.", "language_model.layers.")
+"""How the names of their layers begin, in both towers."""
 HEAD = {"0": 1024, "3": 16, "5": 2}
 """Linear layers of the head and how wide they are, ReLU between; 1, 2 and 4 hold no tensors. It yields mu, sigma."""
 
@@ -49,11 +53,15 @@ class HPSv3:
     folder where that holds a ``config.json``, else the model HPSv3 began as."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of Qwen2-VL; the head is in float32."""
+    quantization: Literal["int8"] | None = None
+    """Of the layers of both towers, by bitsandbytes: 8.5 bits a weight; null: ``dtype``."""
     rotary_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frequencies of both rotary embeddings: ``bfloat16``, as HPSv3's own code casts them, or exact."""
 
     def load(self) -> RewardFn:
         """The reward with frozen weights. Raises UserError where the files cannot be read or do not fit together."""
+        device, dtype = training_device(), getattr(torch, self.dtype)
+        require_quantizer(self.quantization, dtype, device, "reward.quantization")
         file = find_file(resolve(self.path), ("HPSv3.safetensors",))
         beside = str(file.parent) if (file.parent / "config.json").is_file() else BASE
         base = resolve(self.base or beside)
@@ -64,7 +72,8 @@ class HPSv3:
         tokenizer = read_tokenizer(base, "Qwen2-VL's tokenizer", "reward.base")
         tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
         config.text_config.vocab_size = len(tokenizer)
-        model, head = _networks(config, _published_tensors(file), file, getattr(torch, self.dtype))
+        model, head = _networks(config, _published_tensors(file), file, dtype)
+        self._quantize(model, device)
         cast_rotary(model, getattr(torch, self.rotary_dtype))
         if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
             _fuse(model)
@@ -75,7 +84,14 @@ class HPSv3:
         config = Qwen2VLConfig.from_pretrained(QWEN2_VL_7B)
         # Models on fake tensors cannot be cast: they are built in their dtype.
         model = Qwen2VLModel._from_config(config, dtype=getattr(torch, self.dtype))
+        self._quantize(model, torch.device("cpu"))
         return _SimulatedHPSv3(model, _head(config.text_config.hidden_size), None, reward_token=1)
+
+    def _quantize(self, model: Qwen2VLModel, device: torch.device) -> None:
+        """Of what ``quantization`` says, made on ``device``, and back in host memory."""
+        if self.quantization is not None:
+            quantize(model, self.quantization, device, lambda name: name.startswith(LAYERS), "reward.quantization")
+            place_reward(model, torch.device("cpu"))
 
 
 class HPSv3Scorer(nn.Module):

@@ -47,6 +47,7 @@ PAGE_STAND_INS = {
         "reward='{name: hpsv2, dtype: bfloat16}' ": "",
     },
     "docs/methods.md": {"train.iterations=60": "train.iterations=1"},
+    "docs/rewards.md": {"reward='{name: hpsv3, quantization: int8}' ": ""},
     "docs/watch.md": {"leapalign train --resume RUN": "PYTHONPATH=. leapalign train --resume runs/grey"},
 }
 PARSED_ONLY = {

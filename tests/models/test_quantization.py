@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 from leapalign import cli
 from leapalign.config import Config, MemoryConfig, ModelConfig, SamplesConfig, load_config
 from leapalign.inputs.validation import UserError
+from leapalign.memory.blocks import in_blocks
 from leapalign.memory.placement import place_for_climbing
+from leapalign.memory.quantization import BLOCK, KINDS, quantize, scales
 from leapalign.models import load_model
 from leapalign.models.adapter_files import FILE
-from leapalign.models.quantization import BLOCK, KINDS, quantize, scales
 from leapalign.models.velocity import prompted_velocity
+from leapalign.planning.fit import change
 from leapalign.planning.ledger import StorageLedger
 from leapalign.planning.simulate import simulate
 from leapalign.runs.checkpoint import TRANSFORMER, latest_checkpoint
@@ -81,10 +84,10 @@ def widen(transformer: nn.Module) -> None:
         setattr(transformer.get_submodule(parent), own, plain)
 
 
-def first_gradient(config: Config, change: Callable[[nn.Module], None]) -> Tensor:
-    """Of an iteration of adapters that change something; ``change`` is made to the model before."""
+def first_gradient(config: Config, prepare: Callable[[nn.Module], object]) -> Tensor:
+    """Of an iteration of adapters that change something, on the model that is prepared so."""
     trainer = Trainer.from_config(config)
-    change(trainer.model.transformer)
+    prepare(trainer.model.transformer)
     torch.manual_seed(1)
     trained = [p for p in trainer.model.transformer.parameters() if p.requires_grad]
     for parameter in trained:
@@ -242,6 +245,16 @@ def test_what_it_does_not_go_with_is_refused(
         config_of(parts, tmp_path, "model.quantization=nf4", *assignments)
 
 
+@pytest.mark.parametrize(
+    ("assignments", "advice"), [((), "set model.quantization to nf4"), (("model.quantization=nf4",), "reduce rollout")]
+)
+def test_where_adapters_do_not_fit_what_they_can_change_is_named(
+    parts: Path, tmp_path: Path, assignments: tuple[str, ...], advice: str
+) -> None:
+    config = config_of(parts, tmp_path, RANK, "memory.checkpointing=blocks", *assignments)
+    assert change("rollout", {"weights": 1}, config).startswith(advice)
+
+
 def test_without_bitsandbytes_nothing_begins(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     with pytest.raises(UserError, match=r"nf4 needs bitsandbytes for cpu, .* install it with pip install bitsandbytes"):
@@ -252,8 +265,8 @@ def test_rows_of_other_widths_stay_as_they_are_and_a_model_of_nothing_else_is_re
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Linear(BLOCK + 32, BLOCK), nn.Linear(BLOCK, BLOCK)])
     model.head = nn.Linear(BLOCK, BLOCK)
-    quantize(model, "nf4", torch.device("cpu"))
+    quantize(model, "nf4", torch.device("cpu"), partial(in_blocks, model), "model.quantization")
     assert [name for name, _ in quantized_layers(model)] == ["blocks.1"]
     model.blocks = model.blocks[:1]
     with pytest.raises(UserError, match="has a matrix whose rows are multiples of 64 weights"):
-        quantize(model, "nf4", torch.device("cpu"))
+        quantize(model, "nf4", torch.device("cpu"), partial(in_blocks, model), "model.quantization")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from leapalign.config import Config
+from leapalign.memory.quantization import scales
 from leapalign.memory.residency import stage
-from leapalign.models.quantization import scales
 from leapalign.planning.between import count_watch_rewards
 from leapalign.planning.ledger import StorageLedger
 from leapalign.prompts.embeddings import embeddings_of

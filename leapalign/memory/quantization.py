@@ -1,4 +1,4 @@
-"""Frozen weights of few bits beside adapters that are trained, as in QLoRA (arXiv 2305.14314), by bitsandbytes.
+"""Frozen weights of few bits, as beside the adapters of QLoRA (arXiv 2305.14314), by bitsandbytes.
 
 Of a block's linear layers the matrices are quantized, modulation included; embeddings, norms, biases and what comes
 after the blocks stay as they are. A matrix ``W (out, in)`` is widened to the model's dtype for each product with it,
@@ -16,53 +16,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leapalign.config import ModelConfig
 from leapalign.inputs.validation import UserError, brief
-from leapalign.models.blocks import in_blocks, linear_layers
+from leapalign.memory.blocks import linear_layers
 
 BLOCK = 64
 """Weights that share a scale. Rows that are not of whole blocks stay as they are: on a CPU bitsandbytes widens them
 wrongly, and on a GPU slowly."""
 
 
-def require_quantizer(config: ModelConfig, device: torch.device) -> None:
-    """Raises UserError where ``config`` asks for what bitsandbytes, as it is installed, cannot do on ``device``."""
-    if config.quantization is None:
+def require_quantizer(kind: str | None, dtype: torch.dtype, device: torch.device, setting: str) -> None:
+    """Raises UserError, naming ``setting``, where bitsandbytes as it is installed cannot do ``kind`` on ``device``."""
+    if kind is None:
         return
-    dtype = getattr(torch, config.dtype)
     try:
-        layer = KINDS[config.quantization](nn.Linear(BLOCK, 2, dtype=dtype), device).to(device)
+        layer = KINDS[kind](nn.Linear(BLOCK, 2, dtype=dtype), device).to(device)
         layer(torch.ones(1, BLOCK, dtype=dtype, device=device))
     except Exception as error:  # of the import, or of a library that is built for other devices
         raise UserError(
-            f"model.quantization {config.quantization} needs bitsandbytes for {device.type}, which does not work here "
-            f"({brief(error)}); install it with pip install bitsandbytes, or set model.quantization to null"
+            f"{setting} {kind} needs bitsandbytes for {device.type}, which does not work here ({brief(error)}); "
+            f"install it with pip install bitsandbytes, or set {setting} to null"
         ) from None
 
 
-def quantize(transformer: nn.Module, kind: str, device: torch.device) -> None:
-    """Quantizes the frozen ``transformer`` as ``kind`` says, matrix by matrix, on ``device``, where they stay.
+def quantize(network: nn.Module, kind: str, device: torch.device, inside: Callable[[str], bool], setting: str) -> None:
+    """Quantizes the frozen ``network`` as ``kind`` says, matrix by matrix, on ``device``, where they stay.
 
-    The same weights on the same kind of device give the same bits. Raises UserError where no matrix can be quantized.
+    inside: whether a linear layer of that name is quantized, if its rows are of whole blocks. The same weights on the
+    same kind of device give the same bits. Raises UserError, naming ``setting``, where there is none.
     """
     found = [
         (name, layer)
-        for name, layer in linear_layers(transformer).items()
-        if in_blocks(transformer, name) and layer.in_features % BLOCK == 0
+        for name, layer in linear_layers(network).items()
+        if inside(name) and layer.in_features % BLOCK == 0
     ]
     if not found:
         raise UserError(
-            f"no block of {type(transformer).__name__} has a matrix whose rows are multiples of {BLOCK} weights; set "
-            "model.quantization to null"
+            f"no block of {type(network).__name__} has a matrix whose rows are multiples of {BLOCK} weights; set "
+            f"{setting} to null"
         )
     for name, layer in found:
         parent, _, own = name.rpartition(".")
-        setattr(transformer.get_submodule(parent), own, KINDS[kind](layer, device).train(layer.training))
+        setattr(network.get_submodule(parent), own, KINDS[kind](layer, device).train(layer.training))
 
 
-def scales(transformer: nn.Module) -> Iterator[Tensor]:
-    """What bitsandbytes' layers in ``transformer`` hold beside their parameters and buffers."""
-    for layer in linear_layers(transformer).values():
+def scales(network: nn.Module) -> Iterator[Tensor]:
+    """What bitsandbytes' layers in ``network`` hold beside their parameters and buffers."""
+    for layer in linear_layers(network).values():
         state = getattr(layer.weight, "quant_state", None)
         if state is not None:
             yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
@@ -96,7 +95,7 @@ def _int8(layer: nn.Linear, device: torch.device) -> nn.Linear:
 
 
 KINDS: Mapping[str, Callable[[nn.Linear, torch.device], nn.Linear]] = {"nf4": _nf4, "int8": _int8}
-"""By ``model.quantization``: makes a layer of one."""
+"""By name: makes a layer of one."""
 
 
 class _EightBits(nn.Linear):
@@ -105,7 +104,8 @@ class _EightBits(nn.Linear):
     def __init__(self, layer: nn.Linear, device: torch.device) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         library: Any = import_module("bitsandbytes.functional")
-        code = library.create_linear_map(signed=True, total_bits=8).to(device)
+        steps = torch.linspace(-1, 1, 255, device=device)
+        code = torch.cat([steps[:127], steps.new_zeros(1), steps[127:]])  # bitsandbytes' own linear map of 256
         weight, state = library.quantize_blockwise(layer.weight.detach().to(device), code=code, blocksize=BLOCK)
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         self.register_buffer("scale", state.absmax)
