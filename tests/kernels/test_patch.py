@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from leap_kernels import _patch_parts, _patch_rules, patch
+from leap_kernels import _patch_attention, _patch_parts, _patch_rules, patch
 from patch_cases import CASES, all_in_double, compute_in_double, difference, outputs
 from tolerances import unit_roundoff
 from torch import nn
@@ -189,8 +189,7 @@ def test_positions_are_those_of_the_call() -> None:
         torch.testing.assert_close(outputs(model, drawn), plain, rtol=1e-10, atol=1e-10)
 
 
-def test_what_comes_after_patch_counts() -> None:
-    """A hook on a norm, another processor, and projections that were fused: the module computes as before."""
+def test_hooks_that_come_after_patch_are_called() -> None:
     case = CASES["flux"]
     model, seen = case.model(), []
     expected = case.run(model)["output"]
@@ -198,19 +197,32 @@ def test_what_comes_after_patch_counts() -> None:
     block = model.transformer_blocks[0]
     for norm in (block.norm2, block.norm1.norm, block.attn.norm_added_k):
         norm.register_forward_hook(lambda *_: seen.append(1))
-    kind = type(block.attn.processor)
-    block.attn.processor = type("Doubled", (kind,), {"__call__": _doubled})()
-    model.single_transformer_blocks[0].attn.fuse_projections()
-    assert not torch.allclose(case.run(model)["output"], expected)
-    assert len(seen) == 3
-    block.attn.processor = kind()
     torch.testing.assert_close(case.run(model)["output"], expected, rtol=1e-5, atol=1e-5)
-    assert len(seen) == 6
+    assert len(seen) == 3
+
+
+def test_processors_and_fused_projections_that_come_after_patch_count() -> None:
+    case = CASES["flux"]
+    model = case.model()
+    expected = case.run(model)["output"]
+    patch(model)
+    model.single_transformer_blocks[0].attn.fuse_projections()
+    torch.testing.assert_close(case.run(model)["output"], expected, rtol=1e-5, atol=1e-5)
+    attention = model.transformer_blocks[0].attn
+    attention.processor = type("Doubled", (type(attention.processor),), {"__call__": _doubled})()
+    assert not torch.allclose(case.run(model)["output"], expected, rtol=1e-2)
 
 
 def _doubled(self: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
     image, text = super(type(self), self).__call__(*arguments, **options)
     return 2 * image, 2 * text
+
+
+def test_blocks_share_tables_as_long_as_they_are_of_the_same() -> None:
+    cos, sin, other = (torch.randn(3, 4) for _ in range(3))
+    tables = _patch_attention.halved((cos, sin), cos.device)
+    assert _patch_attention.halved((cos, sin), cos.device)[0] is tables[0]
+    torch.testing.assert_close(_patch_attention.halved((cos, other), cos.device)[1], other[:, ::2], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 6), (2, 1, 6), (2, 5, 6), (1, 6), (1, 1, 6)])
