@@ -78,6 +78,13 @@ def test_figures_of_the_eight_bit_step_come_from_its_results() -> None:
     assert f"{figures}, {line['times_faster']:.1f} times as many as bitsandbytes ({theirs:.0f} million)" in page
 
 
+def test_figures_of_the_patched_iteration_come_from_its_results() -> None:
+    line = json.loads((ROOT / "benchmarks" / "results" / "patched_iteration.jsonl").read_text())
+    figures = f"takes {line['eager_s']:.2f} seconds of the processor, and patched {line['patched_s']:.2f}"
+    page = " ".join(PAGE.read_text().split())
+    assert f"{figures}: the median of the ratios is {line['factor']:.2f}." in page
+
+
 def test_tables_are_rewritten_from_other_results(tables: ModuleType, tmp_path: Path) -> None:
     for name in ("audit", "bench"):
         lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text()

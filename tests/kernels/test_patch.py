@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from leap_kernels import _patch_rules, patch
+from leap_kernels import _patch_attention, _patch_parts, _patch_rules, patch
 from patch_cases import CASES, all_in_double, compute_in_double, difference, outputs
 from tolerances import unit_roundoff
 from torch import nn
@@ -187,3 +187,56 @@ def test_positions_are_those_of_the_call() -> None:
     patch(model)
     for drawn, plain in zip((inputs, others), expected, strict=True):
         torch.testing.assert_close(outputs(model, drawn), plain, rtol=1e-10, atol=1e-10)
+
+
+def test_hooks_that_come_after_patch_are_called() -> None:
+    case = CASES["flux"]
+    model, seen = case.model(), []
+    expected = case.run(model)["output"]
+    patch(model)
+    block = model.transformer_blocks[0]
+    for norm in (block.norm2, block.norm1.norm, block.attn.norm_added_k):
+        norm.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(case.run(model)["output"], expected, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 3
+
+
+def test_processors_and_fused_projections_that_come_after_patch_count() -> None:
+    case = CASES["flux"]
+    model = case.model()
+    expected = case.run(model)["output"]
+    patch(model)
+    model.single_transformer_blocks[0].attn.fuse_projections()
+    torch.testing.assert_close(case.run(model)["output"], expected, rtol=1e-5, atol=1e-5)
+    attention = model.transformer_blocks[0].attn
+    attention.processor = type("Doubled", (type(attention.processor),), {"__call__": _doubled})()
+    assert not torch.allclose(case.run(model)["output"], expected, rtol=1e-2)
+
+
+def _doubled(self: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
+    image, text = super(type(self), self).__call__(*arguments, **options)
+    return 2 * image, 2 * text
+
+
+def test_blocks_share_tables_as_long_as_they_are_of_the_same() -> None:
+    cos, sin, other = (torch.randn(3, 4) for _ in range(3))
+    tables = _patch_attention.halved((cos, sin), cos.device)
+    assert _patch_attention.halved((cos, sin), cos.device)[0] is tables[0]
+    torch.testing.assert_close(_patch_attention.halved((cos, other), cos.device)[1], other[:, ::2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 1, 6), (2, 5, 6), (1, 6), (1, 1, 6)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_vectors_of_any_shape_and_dtype(shape: tuple[int, ...], wide: bool) -> None:
+    """Those of a sample go to the ops, others are broadcast; results are as wide as PyTorch would have them."""
+    norm, dtype = nn.LayerNorm(6, eps=1e-6, elementwise_affine=False), torch.float64 if wide else torch.float32
+    x, y = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    shift, scale = torch.randn(2, *shape, dtype=dtype)
+    of_tokens = [vector.unsqueeze(1) if vector.ndim == 2 else vector for vector in (shift, scale)]
+    normal = norm(x) * (1 + of_tokens[1])
+    for found, expected in (
+        (_patch_parts.modulated(norm, x, shift, scale), normal + of_tokens[0]),
+        (_patch_parts.modulated(norm, x, None, scale), normal),
+        (_patch_parts.with_residual(x, scale, y), x + of_tokens[1] * y),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
