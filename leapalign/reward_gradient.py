@@ -110,7 +110,8 @@ def _chunk_gradient(
         image = clamped_image.detach().requires_grad_()
         # The reward's graph is gone, and its weights may be, before that of the decoder unfolds.
         with lend():
-            scores = scores_of(reward, image, prompts)
+            # A copy: what a reward does to a leaf in place PyTorch would refuse in words that nobody can place.
+            scores = scores_of(reward, image.clone(), prompts)
             point("reward")
             # A score may have a gradient of weights, and none of the images.
             of_image = torch.autograd.grad(scores.sum(), image, allow_unused=True)[0] if scores.requires_grad else None

@@ -56,7 +56,8 @@ class StorageLedger(TorchDispatchMode):
         super().__init__()
         self.device, self.host = _Side(), _Side()
         self.events: list[Event] = []
-        """Storages on the device, as they came and went."""
+        """Storages on the device, as they came and went, since `begin_events`."""
+        self._recording = False
         self._known: dict[int, _Known] = {}
         self._numbers = itertools.count()
 
@@ -123,6 +124,7 @@ class StorageLedger(TorchDispatchMode):
 
     def begin_events(self) -> None:
         """Has ``events`` begin with what is alive."""
+        self._recording = True
         self.events = [(one.number, one.size) for one in self._known.values() if one.size and one.side is self.device]
 
     def happen_again(self, events: Iterable[Event]) -> None:
@@ -160,7 +162,7 @@ class StorageLedger(TorchDispatchMode):
         known = _Known(weakref.ref(storage, self._forget(address)), size, side, role, next(self._numbers))
         self._known[address] = known
         self._add(side, role, size)
-        if size and side is self.device:
+        if self._recording and size and side is self.device:
             self.events.append((known.number, size))
 
     def _leave(self, address: int) -> None:
@@ -168,7 +170,7 @@ class StorageLedger(TorchDispatchMode):
         if known is None:
             return
         self._add(known.side, known.role, -known.size)
-        if known.size and known.side is self.device:
+        if self._recording and known.size and known.side is self.device:
             self.events.append((known.number, 0))
 
     def _forget(self, address: int) -> Callable[[Any], None]:
