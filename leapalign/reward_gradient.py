@@ -20,7 +20,7 @@ An attribute ``title`` is what errors call it."""
 
 
 Lend = Callable[[], AbstractContextManager[None]]
-"""Within the block a reward can be computed, and its gradient; its weights may be elsewhere else."""
+"""Within the block a reward can be computed, and its gradient; outside of it its weights may be elsewhere."""
 
 
 @dataclass(frozen=True)
