@@ -231,7 +231,7 @@ def cache_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
     folder = Path(arguments.output or config.prompts.cache or PROMPT_CACHE)
     # With the negative prompt where either training or evaluation asks for it.
     model = next((one.model for one in (config, as_evaluated(config)) if one.model.true_cfg_scale != 1), config.model)
-    result = fill_cache(folder, model, path, training_device())
+    result = fill_cache(folder, model, path, training_device(), arguments.quantization)
     print("{encoded} prompts encoded, {reused} reused, in {seconds:.1f} s".format(**result))
     print(f"{result['bytes'] / 2**20:,.1f} MiB in {folder}; train with prompts.cache={folder}")
     if arguments.json:

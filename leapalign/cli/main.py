@@ -75,6 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     cache.add_argument(
         "--output", type=path_argument, help=f"folder, default the config's prompts.cache or {run.PROMPT_CACHE}"
     )
+    cache.add_argument(
+        "--quantization",
+        choices=["int8"],
+        help="text encoders with eight bits a weight, for small cards",
+    )
     cache.set_defaults(execute=run.cache_command)
 
     export = commands.add_parser("export", help="a run's weights as other software reads them", epilog=OVERRIDES)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import nn
 
 
 def linear_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer by its name in ``transformer``, blocks or not."""
     return {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def in_lists(network: nn.Module, name: str) -> bool:
+    """Whether what is called ``name`` in ``network`` is within a module list, however deep: a text encoder's layer."""
+    parents = itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
+    return any(isinstance(network.get_submodule(parent), nn.ModuleList) for parent in parents)
 
 
 def in_blocks(transformer: nn.Module, name: str) -> bool:

@@ -34,7 +34,7 @@ def require_quantizer(kind: str | None, dtype: torch.dtype, device: torch.device
     except Exception as error:  # of the import, or of a library that is built for other devices
         raise UserError(
             f"{setting} {kind} needs bitsandbytes for {device.type}, which does not work here ({brief(error)}); "
-            f"install it with pip install bitsandbytes, or set {setting} to null"
+            f"install it with pip install bitsandbytes, or do without {setting}"
         ) from None
 
 
@@ -51,8 +51,8 @@ def quantize(network: nn.Module, kind: str, device: torch.device, inside: Callab
     ]
     if not found:
         raise UserError(
-            f"no block of {type(network).__name__} has a matrix whose rows are multiples of {BLOCK} weights; set "
-            f"{setting} to null"
+            f"no block of {type(network).__name__} has a matrix whose rows are multiples of {BLOCK} weights; do "
+            f"without {setting}"
         )
     for name, layer in found:
         parent, _, own = name.rpartition(".")
@@ -99,7 +99,7 @@ KINDS: Mapping[str, Callable[[nn.Linear, torch.device], nn.Linear]] = {"nf4": _n
 
 
 class _EightBits(nn.Linear):
-    """``weight``: bytes; an element is ``code[byte]`` times the scale of its block."""
+    """``weight``: bytes, unsigned; an element is ``code[byte]`` times the scale of its block."""
 
     def __init__(self, layer: nn.Linear, device: torch.device) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -107,7 +107,8 @@ class _EightBits(nn.Linear):
         steps = torch.linspace(-1, 1, 255, device=device)
         code = torch.cat([steps[:127], steps.new_zeros(1), steps[127:]])  # bitsandbytes' own linear map of 256
         weight, state = library.quantize_blockwise(layer.weight.detach().to(device), code=code, blocksize=BLOCK)
-        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+        # Seen as int8: of weights of any other dtype T5 takes the dtype for its activations.
+        self.weight, self.bias = nn.Parameter(weight.view(torch.int8), requires_grad=False), layer.bias
         self.register_buffer("scale", state.absmax)
         self.register_buffer("code", state.code)
         self._dtype = layer.weight.dtype
@@ -135,5 +136,5 @@ class _Product(torch.autograd.Function):
 
 
 def _widened(dtype: torch.dtype, weight: Tensor, scale: Tensor, code: Tensor) -> Tensor:
-    widened: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(weight, scale, code, BLOCK, dtype)
+    widened: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(weight.view(torch.uint8), scale, code, BLOCK, dtype)
     return widened

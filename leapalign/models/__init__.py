@@ -23,7 +23,7 @@ from leapalign.models.lora import add_adapter, planned_adapter, start_adapter
 from leapalign.models.protocol import Family, FlowModel
 from leapalign.models.qwen_image import QwenImageModel
 from leapalign.models.stable_diffusion_3 import StableDiffusion3Model
-from leapalign.models.text_encoders import TextEncoder
+from leapalign.models.text_encoders import ENCODER_QUANTIZATION, Residence, TextEncoder
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.models.z_image import ZImageModel
 from leapalign.reports.progress import progress
@@ -114,13 +114,15 @@ def guided(config: ModelConfig, prompts: Any, negative: Any) -> Any:
     return GuidedEmbeddings(prompts, negative[:], config.true_cfg_scale, config.true_cfg_batched, config.cfg_gradient)
 
 
-def text_encoders(config: ModelConfig, device: torch.device) -> Iterator[TextEncoder]:
+def text_encoders(config: ModelConfig, device: torch.device, quantization: str | None = None) -> Iterator[TextEncoder]:
     """One after the other, on ``device``: in bfloat16 on a GPU, in the model's dtype on a CPU.
 
-    Raises UserError where there are none, or one lacks something: before the first encodes thousands of prompts.
+    quantization: of their blocks' matrices, as `leapalign.memory.quantization.KINDS` names it. Raises UserError where
+    there are none, where it does not work here, or one lacks something: before the first encodes thousands of prompts.
     """
-    path = resolve(config.path)
-    return family_of(path).text_encoders(path, device, text_dtype(config, device), text_tokens(config))
+    path, residence = resolve(config.path), Residence(device, text_dtype(config, device), quantization)
+    require_quantizer(quantization, residence.dtype, device, ENCODER_QUANTIZATION)
+    return family_of(path).text_encoders(path, residence, text_tokens(config))
 
 
 def text_tokens(config: ModelConfig) -> int:

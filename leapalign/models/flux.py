@@ -16,7 +16,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, linear_sigmas, normal_latents, resolution_shift, rounded_time
-from leapalign.models.text_encoders import Encoding, LimitedEncoder, TextEncoder, loaded_in_turn
+from leapalign.models.text_encoders import Encoding, LimitedEncoder, Residence, TextEncoder, loaded_in_turn
 from leapalign.models.text_length import TextLength
 
 
@@ -69,11 +69,11 @@ class FluxModel:
         )
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, residence: Residence, tokens: int) -> Iterator[TextEncoder]:
         """CLIP's, for ``pooled (B, P)``; then T5's, for ``tokens (B, L, D)``."""
         t5: Encoding = functools.partial(_t5, tokens)
         encoders = [(("text_encoder", "tokenizer"), _clip), (("text_encoder_2", "tokenizer_2"), t5)]
-        return loaded_in_turn(FluxPipeline, folder, encoders, device, dtype)
+        return loaded_in_turn(FluxPipeline, folder, encoders, residence)
 
     def blank_embeddings(self, count: int, tokens: int) -> PromptEmbeddings:
         """Embeddings of nothing for ``count`` prompts, as long as those of a tokenizer that allows ``tokens``."""

@@ -27,7 +27,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import linear_sigmas, normal_latents, rounded_time
-from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, loaded_in_turn
+from leapalign.models.text_encoders import LimitedEncoder, Residence, TextEncoder, chat_text, loaded_in_turn
 from leapalign.models.text_length import TextLength
 
 
@@ -131,20 +131,20 @@ class Flux2KleinModel(Flux2Model):
     """FLUX.2 klein: prompts are three hidden states of Qwen3, side by side."""
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, residence: Residence, tokens: int) -> Iterator[TextEncoder]:
         """Qwen3's, for ``tokens (B, L, D)``."""
         encoders = [(("text_encoder", "tokenizer"), functools.partial(_klein, tokens))]
-        return loaded_in_turn(Flux2KleinPipeline, folder, encoders, device, dtype)
+        return loaded_in_turn(Flux2KleinPipeline, folder, encoders, residence)
 
 
 class Flux2DevModel(Flux2Model):
     """FLUX.2 dev: prompts, after the pipeline's system message, are three hidden states of Mistral 3, side by side."""
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, residence: Residence, tokens: int) -> Iterator[TextEncoder]:
         """Mistral 3's, for ``tokens (B, L, D)``."""
         encoders = [(("text_encoder", "tokenizer"), functools.partial(_dev, tokens))]
-        return loaded_in_turn(Flux2Pipeline, folder, encoders, device, dtype)
+        return loaded_in_turn(Flux2Pipeline, folder, encoders, residence)
 
 
 def _klein(tokens: int, pipeline: Any) -> TextEncoder:

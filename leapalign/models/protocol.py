@@ -11,7 +11,7 @@ from torch import Tensor
 from leapalign.config import ModelConfig, SigmaSpacing
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
-from leapalign.models.text_encoders import TextEncoder
+from leapalign.models.text_encoders import Residence, TextEncoder
 from leapalign.models.text_length import TextLength
 
 
@@ -25,9 +25,7 @@ class Family(Protocol):
     text_length: TextLength
     """How much of a prompt it reads."""
 
-    def text_encoders(
-        self, folder: str, device: torch.device, dtype: torch.dtype, tokens: int
-    ) -> Iterator[TextEncoder]:
+    def text_encoders(self, folder: str, residence: Residence, tokens: int) -> Iterator[TextEncoder]:
         """One encoder after the other, each gone when the next is loaded, which read ``tokens`` of a prompt.
 
         Raises UserError where there are none.

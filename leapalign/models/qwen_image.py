@@ -22,7 +22,7 @@ from leapalign.memory.constants import made_there
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import linear_sigmas, normal_latents, resolution_shift, rounded_time
-from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
+from leapalign.models.text_encoders import LimitedEncoder, Residence, TextEncoder, loaded_in_turn
 from leapalign.models.text_length import TextLength
 
 
@@ -68,10 +68,10 @@ class QwenImageModel:
         )
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, residence: Residence, tokens: int) -> Iterator[TextEncoder]:
         """Qwen2.5-VL's, for ``tokens (B, L, D)`` and ``mask (B, L)`` bool, true where a prompt has a token."""
         encoders = [(("text_encoder", "tokenizer"), functools.partial(_qwen, tokens))]
-        return loaded_in_turn(QwenImagePipeline, folder, encoders, device, dtype)
+        return loaded_in_turn(QwenImagePipeline, folder, encoders, residence)
 
     def blank_embeddings(self, count: int, tokens: int) -> PromptEmbeddings:
         """Embeddings of nothing for ``count`` prompts, as long as those of a tokenizer that allows ``tokens``."""

@@ -21,7 +21,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts, holds
 from leapalign.models.latents import decoded, linear_sigmas, normal_latents, resolution_shift
-from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, loaded_in_turn
+from leapalign.models.text_encoders import LimitedEncoder, Residence, TextEncoder, loaded_in_turn
 from leapalign.models.text_length import TextLength
 
 CLIP_TOKENS = 77
@@ -78,12 +78,12 @@ class StableDiffusion3Model:
         )
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, residence: Residence, tokens: int) -> Iterator[TextEncoder]:
         """Both CLIPs', for ``clip (B, L, C)`` and ``pooled (B, P)``; then T5's, if any, for ``t5 (B, M, D)``."""
         # The pipeline asks the first CLIP for the dtype of the second: they come together.
         clips = [(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), _clip)]
         t5 = [((T5, "tokenizer_3"), functools.partial(_t5, tokens))] if holds(folder, T5) else []
-        return loaded_in_turn(StableDiffusion3Pipeline, folder, [*clips, *t5], device, dtype)
+        return loaded_in_turn(StableDiffusion3Pipeline, folder, [*clips, *t5], residence)
 
     def blank_embeddings(self, count: int, tokens: int) -> PromptEmbeddings:
         """Embeddings of nothing for ``count`` prompts, as long as those of a tokenizer that allows ``tokens``."""

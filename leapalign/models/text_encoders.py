@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,25 @@ from leapalign.inputs.networks import read_network, require_whole_files
 from leapalign.inputs.prompt_limits import PromptLimit
 from leapalign.inputs.tokenizers import read_tokenizer
 from leapalign.inputs.validation import UserError
+from leapalign.memory.blocks import in_lists
+from leapalign.memory.quantization import quantize
 from leapalign.models.folder import holds, read_index
 
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 """Some parts of the embeddings of prompts, see `leapalign.models.embeddings.PromptEmbeddings`."""
 Encoding = Callable[[Any], TextEncoder]
 """Makes a text encoder of a pipeline."""
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Where text encoders are, and how."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """What they compute in."""
+    quantization: str | None = None
+    """Of their blocks' matrices, one of `leapalign.memory.quantization.KINDS`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ def chat_text(tokenizer: Any, enable_thinking: bool) -> Callable[[str], str]:
     )
 
 
+ENCODER_QUANTIZATION = "--quantization"
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """Of a large file `fingerprint` reads so many blocks, evenly spaced, of so many bytes."""
 
@@ -76,8 +91,7 @@ def loaded_in_turn(
     kind: Any,
     folder: str,
     encoders: Sequence[tuple[Sequence[str], Encoding]],
-    device: torch.device,
-    dtype: torch.dtype,
+    residence: Residence,
 ) -> Iterator[TextEncoder]:
     """The text encoders of the diffusers pipeline ``kind`` in a folder or hub id, each gone when the next is loaded.
 
@@ -92,9 +106,18 @@ def loaded_in_turn(
             part = read_tokenizer(folder, f"the {name}", "model.path", name, part)
         found[name] = part
     return (
-        make(load_pipeline(kind, folder, {name: found[name] for name in parts}, dtype).to(device))
+        make(_placed(load_pipeline(kind, folder, {name: found[name] for name in parts}, residence.dtype), residence))
         for parts, make in encoders
     )
+
+
+def _placed(pipeline: Any, residence: Residence) -> Any:
+    """``pipeline`` with its text encoders where they compute, of so many bits."""
+    if residence.quantization is not None:
+        for encoder in (part for part in pipeline.components.values() if isinstance(part, PreTrainedModel)):
+            inside = partial(in_lists, encoder)
+            quantize(encoder, residence.quantization, residence.device, inside, ENCODER_QUANTIZATION)
+    return pipeline.to(residence.device)
 
 
 def load_pipeline(kind: Any, folder: str, parts: Mapping[str, Any], dtype: torch.dtype) -> Any:

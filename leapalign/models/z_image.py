@@ -23,7 +23,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.models.embeddings import PromptEmbeddings
 from leapalign.models.folder import Parts
 from leapalign.models.latents import decoded, normal_latents, resolution_shift
-from leapalign.models.text_encoders import LimitedEncoder, TextEncoder, chat_text, loaded_in_turn
+from leapalign.models.text_encoders import LimitedEncoder, Residence, TextEncoder, chat_text, loaded_in_turn
 from leapalign.models.text_length import TextLength
 
 
@@ -69,10 +69,10 @@ class ZImageModel:
         )
 
     @staticmethod
-    def text_encoders(folder: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Iterator[TextEncoder]:
+    def text_encoders(folder: str, residence: Residence, tokens: int) -> Iterator[TextEncoder]:
         """Qwen3's, for ``tokens (B, L, D)`` and, of these, how many belong to the prompt: ``lengths (B,)`` int64."""
         encoders = [(("text_encoder", "tokenizer"), functools.partial(_tokens, tokens))]
-        return loaded_in_turn(ZImagePipeline, folder, encoders, device, dtype)
+        return loaded_in_turn(ZImagePipeline, folder, encoders, residence)
 
     def blank_embeddings(self, count: int, tokens: int) -> PromptEmbeddings:
         """Embeddings of nothing for ``count`` prompts, as long as those of a tokenizer that allows ``tokens``.

@@ -56,14 +56,16 @@ class Manifest:
     """Of the text encoders."""
     max_sequence_length: int | None = None
     """Most tokens of a prompt; None, in older ones: as the model's own pipeline."""
+    quantization: str | None = None
+    """Of the text encoders' matrices."""
     encoders: list[dict[str, list[int]]] | None = None
     """What each text encoder gives, with the shape and so the text length of a row; None until all have run."""
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: str) -> Manifest:
+    def of(cls, config: ModelConfig, dtype: str, quantization: str | None) -> Manifest:
         """For the model that ``config`` names. Raises UserError where it cannot be read."""
         path = resolve(config.path)
-        return cls(_absolute(path), _pipeline(path), fingerprint(path), dtype, text_tokens(config))
+        return cls(_absolute(path), _pipeline(path), fingerprint(path), dtype, text_tokens(config), quantization)
 
     def is_of(self, config: ModelConfig) -> bool:
         """Whether the model's text encoders are those of the cache; where some are gone, whether its path is.
@@ -142,8 +144,8 @@ class PromptCache:
         with run_lock(self.folder, "filled"):
             yield
 
-    def begin(self, config: ModelConfig, dtype: str) -> Manifest:
-        """The manifest of a folder to be filled in ``dtype``, a new one where there is none yet."""
+    def begin(self, config: ModelConfig, dtype: str, quantization: str | None) -> Manifest:
+        """The manifest of a folder to be filled by text encoders of so many bits, a new one where there is none yet."""
         if self.is_begun():
             manifest = self.manifest(config)
             if manifest.dtype != dtype:
@@ -151,8 +153,13 @@ class PromptCache:
                     f"the prompt cache '{self.folder}' is in {manifest.dtype}, and here text encoders run in {dtype}; "
                     "use another folder"
                 )
+            if manifest.quantization != quantization:
+                held, asked = (kind or "no quantization" for kind in (manifest.quantization, quantization))
+                raise UserError(
+                    f"the prompt cache '{self.folder}' is of text encoders with {held}, not {asked}; use another folder"
+                )
         else:
-            manifest = Manifest.of(config, dtype)
+            manifest = Manifest.of(config, dtype, quantization)
         with self._writing():
             shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)  # of a run that was killed
             for name in (SHARDS, UNFINISHED):

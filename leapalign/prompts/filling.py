@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ SHARD_ROWS = 64
 """Prompts in a shard, and the most whose encoding a kill undoes: 256 MiB of FLUX.1's."""
 
 
-def fill_cache(folder: Path, config: ModelConfig, prompts: Path, device: torch.device) -> dict[str, Any]:
+def fill_cache(
+    folder: Path, config: ModelConfig, prompts: Path, device: torch.device, quantization: str | None = None
+) -> dict[str, Any]:
     """Encodes on ``device`` the prompts of a file, and the negative one for guidance, that ``folder`` lacks.
 
-    The file is read once for its check and once a text encoder; its hashes are in memory, its prompts are not. Returns
-    how many prompts were ``encoded`` and ``reused`` (done by every text encoder before), the same for each of the
-    ``encoders``, ``seconds``, and the cache's ``bytes``. Raises UserError, before any encoding where that is possible,
-    and where another process fills the folder.
+    The file is read once for its check and once a text encoder; its hashes are in memory, its prompts are not.
+    quantization: as of `text_encoders`. Returns how many prompts were ``encoded`` and ``reused`` (done by every text
+    encoder before), the same for each of the ``encoders``, ``seconds``, and the cache's ``bytes``. Raises UserError,
+    before any encoding where that is possible, and where another process fills the folder.
     """
     started = time.perf_counter()
 
@@ -40,14 +43,15 @@ def fill_cache(folder: Path, config: ModelConfig, prompts: Path, device: torch.d
     wanted = {hash_of(text) for text in texts()}
     cache = PromptCache(folder)
     # One that is full needs none, and a new one is not begun without them.
-    encoders = None if cache.is_begun() else text_encoders(config, device)
+    load = partial(text_encoders, config, device, quantization)
+    encoders = None if cache.is_begun() else load()
     dtype = str(text_dtype(config, device)).removeprefix("torch.")
     with cache.being_filled():
-        manifest = cache.begin(config, dtype)
+        manifest = cache.begin(config, dtype, quantization)
         held = [cache.held(encoder) & wanted for encoder in range(len(manifest.encoders or ()))]
         if not held or any(done != wanted for done in held):
             held = []
-            for encode in encoders or text_encoders(config, device):
+            for encode in encoders or load():
                 held.append(_fill(cache, len(held), encode, texts, wanted))
                 del encode  # or two text encoders would be there at once
             shapes = [cache.row_shapes(number) for number in range(len(held))]

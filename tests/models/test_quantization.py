@@ -58,14 +58,14 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quantized_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in transformer.named_modules():
-        if isinstance(module, nn.Linear) and module.weight.dtype == torch.uint8:
+        if isinstance(module, nn.Linear) and module.weight.dtype in (torch.uint8, torch.int8):
             yield name, module
 
 
 def widened(layer: Any) -> Tensor:
     """The matrix by the formats' definitions, in float32: a code's value times the scale of its 64 weights."""
     if hasattr(layer, "scale"):
-        values, scale = layer.code[layer.weight.flatten().long()], layer.scale
+        values, scale = layer.code[layer.weight.view(torch.uint8).flatten().long()], layer.scale
     else:
         state = layer.weight.quant_state
         first, second = layer.weight.flatten() >> 4, layer.weight.flatten() & 15
@@ -199,6 +199,7 @@ def test_a_run_is_evaluated_and_exported_and_keeps_its_weights(
     assert 'model.quantization from "nf4" to null: adapters were trained beside' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the library, which keeps tables for the whole process, is left as it was."""
     monkeypatch.setattr(bitsandbytes.functional, "name2qmap", {})
