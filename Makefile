@@ -6,14 +6,16 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench tiny
+.PHONY: demo test test-all lint bench tiny
 
 demo: $(INSTALLED)
 	$(VENV)/bin/leapalign demo $(ARGS)
 
 # A process for each core, with one thread each: two threads in one process would wait for each other most of the time.
-test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses=auto --dist=loadfile $(ARGS)
+# `test-all` has those that are marked slow, too.
+test-all: ALL := -m ""
+test test-all: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses=auto --dist=loadfile $(ALL) $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

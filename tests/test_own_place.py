@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import own_place
+import pytest
 
 SEEN = "import json, os, pathlib; print(json.dumps([os.environ['HOME'], os.getcwd(), 'HF_TOKEN' in os.environ]))"
 
@@ -37,6 +38,7 @@ def test_libraries_have_it() -> None:
     assert Path.home() == Path(os.environ["HOME"])
 
 
+@pytest.mark.slow
 def test_a_callers_place_is_not_seen(tmp_path: Path) -> None:
     """Started where a run of the demo lies, with settings of all kinds; fixtures of several tests are no exception."""
     (tmp_path / "runs" / "tiny" / "checkpoints").mkdir(parents=True)

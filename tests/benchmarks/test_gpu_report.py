@@ -140,7 +140,6 @@ def test_what_cannot_be_is_said_at_once(arguments: list[str], message: str, monk
     assert not (gpu_report.RESULTS / "gpu_report.json").exists()
 
 
-@pytest.mark.slow
 def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--dry-run", "--output", output]

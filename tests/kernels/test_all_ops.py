@@ -101,6 +101,7 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.native
 def test_native_bits_do_not_depend_on_the_instruction_set() -> None:
     assert len(hash_on_every_isa(BITS)) == 1

@@ -131,6 +131,7 @@ def two_leaps(x_k: Tensor, v_k: Tensor, x_j: Tensor, dst: Tensor) -> Tensor:
     return second * distance[:, None]
 
 
+@pytest.mark.slow
 def test_inductor_compiles_a_trajectory_with_an_op_in_place() -> None:
     x_k, x_j = latents(2, 64, dtype=torch.float32), latents(2, 64, dtype=torch.float32)
     results = []

@@ -70,6 +70,7 @@ def test_it_needs_torch_alone(alone: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [(KERNELS, LEAPALIGN), (LEAPALIGN, KERNELS)], ids="-".join)
+@pytest.mark.slow
 def test_both_can_be_installed_and_the_first_removed(
     order: tuple[str, str], wheels: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_every_kernel_meets_the_bars(lines) -> None:
     assert {line["kernel"] for line in lines} == set(KERNELS)
@@ -76,6 +77,7 @@ def test_every_kernel_meets_the_bars(lines) -> None:
         assert line["roofline"] is None or line["roofline"]["status"] == "computed, not measured"
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_half_the_bits_are_rounded_to_nearest_or_at_random(lines) -> None:
     found = {(line["kernel"], name): how for line in lines for name, how in line["roundings"].items()}

@@ -85,6 +85,7 @@ def test_second_read_of_a_tensor_counts_again() -> None:
     assert count(LOAD + LOAD + STORE).bytes_moved == 3 * 16 * THREADS
 
 
+@pytest.mark.slow
 def test_loop_counts_as_often_as_it_runs() -> None:
     loop = f"""
 	ld.param.b32 	%r20, [kernel_param_2];

@@ -12,6 +12,7 @@ from happens_before import Done, VectorClock, World, drop, watched
 from leap_kernels import ema_update_, stochastic_round_
 from places import BYTES, HOST, STREAMED, stack
 from small_runs import config_of
+from tiers import some_slow
 from torch import nn
 
 from leapalign.config import EmaConfig, load_config
@@ -54,7 +55,7 @@ ADAPTER = ("model.lora_rank=2", BYTES)
 PLACES = _places()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", some_slow(PLACES, ("flux1_dev/16gb", "near the base on the host", "flux1_dev/80gb")))
 def test_a_run_has_no_races(parts: Path, tmp_path: Path, place: str) -> None:
     """Of training, samples by the average and checkpoints."""
     short = ("rollout.num_steps=2", "train.iterations=2", "checkpoint.every=1", "samples.every=1", "samples.count=1")

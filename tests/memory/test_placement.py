@@ -9,6 +9,7 @@ import pytest
 import torch
 from places import BYTES, HOST, PLACES, STREAMED, stack
 from small_runs import config_of, train, weights, without_time
+from tiers import some_slow
 
 from leapalign.inputs.validation import UserError
 from leapalign.memory.host_weights import HostWeights
@@ -26,7 +27,7 @@ def run(parts: Path, output: Path, *assignments: str) -> tuple[torch.Tensor, lis
     return weights(train(config)), without_time(read_metrics(output))
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", some_slow(PLACES, ("streamed, a sample at a time", "rewards on the host")))
 def test_every_place_gives_the_same_run(parts: Path, plain: Any, tmp_path: Path, place: str) -> None:
     found, records = run(parts, tmp_path, *PLACES[place])
     if "train.microbatch=1" in PLACES[place]:
@@ -40,7 +41,7 @@ def test_every_place_gives_the_same_run(parts: Path, plain: Any, tmp_path: Path,
         assert picture.stat().st_size > 0
 
 
-@pytest.mark.parametrize("place", ["host optimizer", "streamed"])
+@pytest.mark.parametrize("place", some_slow(["host optimizer", "streamed"], ["streamed"]))
 def test_factored_moments_give_the_same_run_in_either_memory(parts: Path, tmp_path: Path, place: str) -> None:
     asked = ("optimizer.name=adafactor", "train.iterations=3")
     whole, records = run(parts, tmp_path / "device", *asked)

@@ -10,6 +10,7 @@ import pytest
 from chat_folders import save_flux2_dev, save_flux2_klein, save_z_image
 from device_copies import AWAY, DeviceCopies
 from family_checks import SEEDS, write_config
+from tiers import some_slow
 from tiny_folders import PROMPTS, save_flux, save_qwen_image, save_stable_diffusion_3, small_vae
 from worlds import small_flux
 
@@ -131,6 +132,7 @@ def test_guidance_as_an_input_and_missing_encoders_are_no_copies(tmp_path: Path,
         assert not found.waits
 
 
+@pytest.mark.parametrize("family", some_slow(FAMILIES, ("flux", "qwen_image")), indirect=True)
 def test_an_iteration_copies_so_much_and_no_more(family: Family, tmp_path: Path) -> None:
     """Rollout, reward and surrogate of a whole iteration, its metrics included: what grows with nothing in it."""
     config = load_config(write_config(tmp_path, family.model, rollout={"num_steps": 3, "batch_size": 2}))

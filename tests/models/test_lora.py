@@ -82,6 +82,7 @@ def test_resumed_adapters_continue_to_the_bit(parts: Path, tmp_path: Path, asked
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_frozen_weights_stream(parts: Path, tmp_path: Path) -> None:
     """The same run, from less device memory, in bfloat16, too."""
     for dtype in ("float32", "bfloat16"):
@@ -96,7 +97,7 @@ def test_frozen_weights_stream(parts: Path, tmp_path: Path) -> None:
     assert weights[1] < 0.75 * weights[0]
 
 
-@pytest.mark.parametrize("places", [(), STREAMED])
+@pytest.mark.parametrize("places", [pytest.param((), marks=pytest.mark.slow), STREAMED])
 def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, places: tuple[str, ...]) -> None:
     config: Config = config_of(parts, tmp_path, RANK, "train.batch_size=8", *places)
     real, found = measured(config), simulate(config)

@@ -10,6 +10,7 @@ import family_checks as checks
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tiers import some_slow
 from tiny_folders import PROMPTS, TOKENS, save_stable_diffusion_3
 
 from leapalign.config import ModelConfig
@@ -84,7 +85,7 @@ def test_recomputing_keeps_the_gradients(folder: Path, scale: float) -> None:
     checks.check_recomputing(ModelConfig(path=str(folder), true_cfg_scale=scale, **SIZE))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", some_slow(["float32", "bfloat16"], ["bfloat16"]))
 def test_simulated_peaks_are_the_real_ones(folder: Path, tmp_path: Path, dtype: str) -> None:
     checks.check_simulation(tmp_path, {"path": str(folder), "dtype": dtype, **SIZE})
 
@@ -136,6 +137,7 @@ def test_without_t5_a_rollout_is_the_pipelines(without_t5: Path, scale: float) -
     checks.check_images(model, rollout, latents, images)
 
 
+@pytest.mark.slow
 def test_without_t5_it_trains_as_simulated(without_t5: Path, tmp_path: Path) -> None:
     checks.check_training(tmp_path, {"path": str(without_t5), "true_cfg_scale": 4.5, **SIZE})
     checks.check_simulation(tmp_path, {"path": str(without_t5), **SIZE})

@@ -42,6 +42,7 @@ def optimizer_of(weights: list[nn.Parameter]) -> Optimizer:
     return optimizer
 
 
+@pytest.mark.slow
 def test_a_step_of_1160_parameters_takes_few_launches(
     transformer: FluxTransformer2DModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_plenty_of_memory_buys_the_fastest_of_everything(parts: Path) -> None:
     assert "memory.optimizer=device" in settings
 
 
+@pytest.mark.slow
 def test_less_memory_makes_it_slower_step_by_step(parts: Path) -> None:
     """Every result fits, and a micro-batch twice as large would not."""
     config = asked(parts)

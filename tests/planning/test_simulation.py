@@ -11,6 +11,7 @@ from measured_iterations import measured
 from places import BYTES, HOST, PLACES
 from screens import stderr_on_a_terminal
 from small_runs import config_of
+from tiers import some_slow
 from watched_runs import other_reward, watched
 
 from leapalign import cli
@@ -23,6 +24,7 @@ from leapalign.planning.simulate import BETWEEN, ITERATION, simulate, step_secon
 
 FACTORS = "optimizer.name=adafactor"
 MOMENTS = "optimizer.name=adamw"
+HOSTED = "host optimizer"
 PAGE = 20 * 2**20
 """Bytes by which the allocator's memory for larger blocks grows."""
 
@@ -30,10 +32,15 @@ PAGE = 20 * 2**20
 @pytest.mark.parametrize(
     ("optimizer", "place"),
     [
-        *((BYTES, place) for place in ("plain", *PLACES)),
-        (FACTORS, "plain"),
-        (FACTORS, "host optimizer"),
-        (MOMENTS, "plain"),
+        *some_slow(
+            [
+                *((BYTES, place) for place in ("plain", *PLACES)),
+                (FACTORS, "plain"),
+                (FACTORS, HOSTED),
+                (MOMENTS, "plain"),
+            ],
+            [(BYTES, "streamed, a sample at a time"), (FACTORS, HOSTED)],
+        ),
         pytest.param("optimizer.name=bnb_adamw_8bit", "plain", marks=pytest.mark.bitsandbytes),
     ],
 )
@@ -74,6 +81,7 @@ def saved_from_the_device(real: StorageLedger) -> int:
     return max(by_role["weights"], by_role.get("optimizer", 0))
 
 
+@pytest.mark.slow
 def test_an_average_of_another_dtype_is_rounded_to_a_copy(parts: Path, tmp_path: Path) -> None:
     """Which samples, the watch and checkpoints each make."""
     kinds = {dtype: ("model.dtype=bfloat16", f"ema.dtype={dtype}") for dtype in ("bfloat16", "float32")}
@@ -96,6 +104,7 @@ def test_a_bar_says_which_stage_is_simulated(parts: Path, tmp_path: Path, monkey
     assert {"simulate, model", *(f"simulate, {stage}" for stage in ITERATION)} <= terminal.descriptions()
 
 
+@pytest.mark.slow
 def test_host_memory_holds_what_leaves_the_device(parts: Path, tmp_path: Path) -> None:
     plain = simulate(config_of(parts, tmp_path, BYTES))
     host = simulate(config_of(parts, tmp_path, BYTES, "memory.optimizer=host"))
@@ -116,7 +125,7 @@ def test_host_memory_holds_what_leaves_the_device(parts: Path, tmp_path: Path) -
     assert streamed.traffic["rollout", "to_device"] > host.traffic.get(("rollout", "to_device"), 0)
 
 
-@pytest.mark.parametrize("ema", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ema", some_slow(["float32", "bfloat16"], ["bfloat16"]))
 def test_the_hosts_work_is_counted_by_hand(parts: Path, tmp_path: Path, ema: str) -> None:
     """Bytes a weight in float32. Of two rollouts each micro-batch adds to the sums once."""
     asked = (BYTES, HOST, f"ema.dtype={ema}", "train.batch_size=8", "train.microbatch=2")

@@ -174,6 +174,7 @@ def untidy(made: Climb) -> float:
     return sum(untidiness(image, detect(image)) for image in images) / len(images)
 
 
+@pytest.mark.slow
 def test_a_probe_tells_a_reward_whose_gradient_is_taught_from_plain_ones() -> None:
     """The critic ranks pictures nearly without fault, which is all it was trained for. A bad reward asks for grey."""
     prompts = [prompt.text for prompt in balanced_prompts(all_prompts(), 24)]

@@ -24,7 +24,9 @@ def distances(run: Path) -> list[float]:
     return [record["base_velocity"] for record in read_metrics(run)]
 
 
-@pytest.mark.parametrize("kind", [(), (LORA,), (BYTES, HOST)], ids=["full", "adapters", "host"])
+@pytest.mark.parametrize(
+    "kind", [(), pytest.param((LORA,), marks=pytest.mark.slow), (BYTES, HOST)], ids=["full", "adapters", "host"]
+)
 def test_it_is_logged_keeps_near_and_resumes_to_the_bit(parts: Path, tmp_path: Path, kind: tuple[str, ...]) -> None:
     """A resumed run's base is the model of ``model.path``, not what the checkpoint holds."""
     asked = (*kind, "optimizer.learning_rate=3e-3")
@@ -68,6 +70,7 @@ def test_the_gradient_is_the_same_in_every_place(parts: Path, tmp_path: Path, pl
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4 * float(found[0].abs().max()))
 
 
+@pytest.mark.slow
 def test_the_copy_and_its_way_are_simulated(parts: Path, tmp_path: Path) -> None:
     """The base's weights in host memory, and a parameter of them at a time beside the device's."""
     plain, near = (simulate(config_of(parts, tmp_path, "train.batch_size=8", *asked)) for asked in ((), (NEAR,)))

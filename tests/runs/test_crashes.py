@@ -17,6 +17,7 @@ import pytest
 from checkpoint_damage import FILES
 from small_runs import config_of, train, without_time
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiers import some_slow
 
 from leapalign.cli import main
 from leapalign.config import Config, save_config
@@ -86,7 +87,7 @@ def assert_same(run: Path, whole: Path) -> None:
     assert not list(run.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("point", KILLS)
+@pytest.mark.parametrize("point", some_slow(KILLS, ("optimizer", "renamed")))
 def test_killed_anywhere_the_run_is_the_same(parts: Path, whole: Path, tmp_path: Path, point: str) -> None:
     configs = {
         (every, count): config(parts, tmp_path / f"{every}-{count}", every)

@@ -121,6 +121,7 @@ def from_first(config: object, fault: str) -> None:
         run.train()
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 def test_killed_while_it_is_set_aside_nothing_is_lost(parts: Path, trained: Path, tmp_path: Path) -> None:
     """After the last record is copied, the first of two checkpoints has gone, and the first of two grids."""

@@ -111,6 +111,7 @@ def test_a_demo_stops_in_good_order(
         pass
 
 
+@pytest.mark.slow
 def test_a_demo_that_the_watch_stops_is_told_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
