@@ -1,0 +1,89 @@
+"""Trains what ``arms.yaml`` declares, and reports it.
+
+    python -m benchmarks.study run --workers 2     # goes on where it was; a training that was cut off begins again
+    python -m benchmarks.study table               # what is known so far
+
+A line of ``benchmarks/results/study.jsonl`` is a measurement. Learning rates first: an arm is compared when its own is
+chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.study.plan import Records, Study, Training, comparisons, is_done, validations
+from benchmarks.study.tables import tables
+from benchmarks.study.training import measured, paper_units
+
+RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The lines of trainings that came to their end."""
+    if not results.exists():
+        return []
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+
+
+def wanted(study: Study, records: Records) -> list[Training]:
+    """What is not done yet and can begin, seed by seed over all arms, so that an early end leaves a fair picture."""
+    validating = [training for arm in study.arms for training in validations(study, arm)]
+    comparing = [training for arm in study.arms for training in comparisons(study, arm, records)]
+    comparing.sort(key=lambda training: study.seeds.index(training.seed))
+    return [training for training in (*comparing, *validating) if not is_done(records, training)]
+
+
+def trained(study: Study, training: Training, budget: float) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    return list(measured(study, training, budget))
+
+
+def run(study: Study, workers: int, hours: float) -> None:
+    records, until = read(RESULTS), time.monotonic() + 3600 * hours
+    budget = paper_units(study)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        running: dict[Future[list[dict[str, Any]]], Training] = {}
+        while True:
+            waiting = [training for training in wanted(study, records) if training not in running.values()]
+            while waiting and len(running) < workers and time.monotonic() < until:
+                training = waiting.pop(0)
+                running[pool.submit(trained, study, training, budget)] = training
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                training, lines = running.pop(future), future.result()
+                records += lines
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+                last = lines[-1]
+                print(
+                    f"{training.arm}, rate {training.rate:g}, seed {training.seed}: reward {last['reward']:.3f}, "
+                    f"held out {last['held_out_reward']:.3f}, exact {last['exact']:.3f}, {last['seconds']:.0f} s; "
+                    f"{len(wanted(study, records))} known to be left",
+                    flush=True,
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("--workers", type=int, default=1, help="trainings at once, of one thread each")
+    parser.add_argument("--hours", type=float, default=24.0, help="begin no training after so many")
+    arguments = parser.parse_args()
+    study = Study.read()
+    if arguments.command == "run":
+        run(study, arguments.workers, arguments.hours)
+    else:
+        print(tables(study, read(RESULTS)))
+
+
+if __name__ == "__main__":
+    main()

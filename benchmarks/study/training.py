@@ -1,0 +1,97 @@
+"""One training of the study, and what is measured on its way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.study.plan import Study, Training, validations
+from benchmarks.study.units import Units
+from leapalign.config import load_config
+from leapalign.models import encode_prompts
+from leapalign.streams import EVALUATION_STREAM, seed_of
+from leapalign.tiny.critic import embedded_critic
+from leapalign.tiny.evaluate import RULES, Evaluation, evaluate
+from leapalign.tiny.world import balanced_prompts, split_prompts
+from leapalign.trainer import Trainer
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+def trainer_of(study: Study, training: Training) -> Trainer:
+    kind: Any = Trainer
+    if training.arm in study.trainers:
+        module, name = study.trainers[training.arm].split(":")
+        kind = getattr(import_module(f"benchmarks.study.{module}"), name)
+    # Far longer than any training: the schedule is constant.
+    trainer: Trainer = kind.from_config(load_config(TINY, [*training.settings, "train.iterations=100000"]))
+    return trainer
+
+
+def measured(study: Study, training: Training, budget: float) -> Iterator[dict[str, Any]]:
+    """Trains, and yields what is measured: at the "start", at "half" and all of its "rollouts", and where the forward
+    "units" reach ``budget``, those of the paper's recipe. Seconds are those of training alone."""
+    trainer = trainer_of(study, training)
+    held_out = Measurement(training, trainer)
+    units, seconds = Units(trainer.model.transformer), 0.0
+    due = {"half": training.iterations // 2, "rollouts": training.iterations}
+    yield held_out.record(training, at=["start"], units=0.0, seconds=0.0, done=False)
+    units.total = 0.0
+    while True:
+        started = time.perf_counter()
+        metrics = trainer.train_one()
+        trainer.iteration += 1
+        seconds += time.perf_counter() - started
+        counted = units.total
+        if trainer.iteration == 1:
+            due["units"] = max(round(budget / counted), 1)
+        at = [name for name, iteration in due.items() if iteration == trainer.iteration]
+        if at:
+            done = trainer.iteration == max(due.values())
+            known = {"at": at, "units": counted, "seconds": seconds, "done": done, "grad_norm": metrics["grad_norm"]}
+            yield held_out.record(training, **known)
+            units.total = counted
+            if done:
+                return
+
+
+class Measurement:
+    """Held-out prompts and their noise, the same for every arm of a seed."""
+
+    def __init__(self, training: Training, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._prompts = balanced_prompts(split_prompts()[1], training.images)
+        self._embeddings = encode_prompts(trainer.config.model, [prompt.text for prompt in self._prompts])
+        self._seed = seed_of(training.seed, EVALUATION_STREAM, 0)
+        self._rewards = {"reward": trainer.rewards[0].reward, "held_out_reward": embedded_critic()}
+
+    def record(self, training: Training, **known: Any) -> dict[str, Any]:
+        """A line of the results, by the weight average."""
+        trainer = self._trainer
+        with trainer.optimizer.averaged_weights(), torch.no_grad():
+            found = evaluate(trainer.model, self._embeddings, self._prompts, self._seed, self._rewards)
+        return {**training.to_json(), "iteration": trainer.iteration, **known, **figures(found)}
+
+
+def figures(found: Evaluation) -> dict[str, Any]:
+    """Means over images, fit for JSON."""
+    return {
+        **{name: found.score(name).mean for name in found.scores},
+        **{rule: found.accuracy(rule).mean for rule in RULES},
+        "tidy": found.untidiness().mean,
+        "diversity": found.diversity(),
+        "exact_by_family": found.by_family(),
+    }
+
+
+def paper_units(study: Study) -> float:
+    """Forward units of the paper's recipe."""
+    trainer = trainer_of(study, validations(study, study.paper)[0])
+    units = Units(trainer.model.transformer)
+    trainer.train_one()
+    return units.total * study.iterations
