@@ -17,11 +17,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.study.plan import Records, Study, Training, comparisons, is_done, validations
 from benchmarks.study.tables import tables
-from benchmarks.study.training import measured, paper_units
+from benchmarks.study.training import all_measured, paper_units
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
 
@@ -41,11 +39,6 @@ def wanted(study: Study, records: Records) -> list[Training]:
     return [training for training in (*comparing, *validating) if not is_done(records, training)]
 
 
-def trained(study: Study, training: Training, budget: float) -> list[dict[str, Any]]:
-    torch.set_num_threads(1)
-    return list(measured(study, training, budget))
-
-
 def run(study: Study, workers: int, hours: float) -> None:
     records, until = read(RESULTS), time.monotonic() + 3600 * hours
     budget = paper_units(study)
@@ -55,7 +48,7 @@ def run(study: Study, workers: int, hours: float) -> None:
             waiting = [training for training in wanted(study, records) if training not in running.values()]
             while waiting and len(running) < workers and time.monotonic() < until:
                 training = waiting.pop(0)
-                running[pool.submit(trained, study, training, budget)] = training
+                running[pool.submit(all_measured, study, training, budget)] = training
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -3,7 +3,8 @@
 Images of one prompt are a group. They are drawn by the stochastic sampler that has the marginals of the deterministic
 one, with sigma falling from 1 to 0 by d at a step (their equation 9):
 
-    m = x - [v + s^2 / (2 sigma) (x + (1 - sigma) v)] d,    x' = m + s sqrt(d) eps,    s = NOISE sqrt(sigma / (1 - sigma))
+    m = x - [v + s^2 / (2 sigma) (x + (1 - sigma) v)] d,    x' = m + s sqrt(d) eps,
+    s = NOISE sqrt(sigma / (1 - sigma))
 
 Each step is rewarded by its image's reward, normalised within the group, ``A = (r - mean) / std``, and the loss is
 ``-min(q A, clip(q, 1 - CLIP, 1 + CLIP) A) + BETA KL``: q the ratio of the densities of x' today and when it was drawn,

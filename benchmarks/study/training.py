@@ -60,6 +60,12 @@ def measured(study: Study, training: Training, budget: float) -> Iterator[dict[s
                 return
 
 
+def all_measured(study: Study, training: Training, budget: float) -> list[dict[str, Any]]:
+    """All of `measured`, by one thread: for a process of its own."""
+    torch.set_num_threads(1)
+    return list(measured(study, training, budget))
+
+
 class Measurement:
     """Held-out prompts and their noise, the same for every arm of a seed."""
 
