@@ -42,11 +42,19 @@ def card_of(profile: str) -> int:
 
 def fingerprint(config: Config) -> str:
     """The SHA-256 of all settings that its needs depend on, and of the configs of its model."""
-    settings = dataclasses.asdict(config)
-    digest = hashlib.sha256(json.dumps([settings[name] for name in SECTIONS]).encode())
+    settings = {name: _told(getattr(config, name)) for name in SECTIONS}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in sorted(KNOWN_MODELS[config.model.path].rglob("*.json")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _told(section: Any) -> Any:
+    """Without what is off, so that a new key that nobody uses changes nothing."""
+    if not dataclasses.is_dataclass(section):
+        return section
+    values = {field.name: _told(getattr(section, field.name)) for field in dataclasses.fields(section)}
+    return {name: value for name, value in values.items() if value not in (None, False)}
 
 
 def recorded() -> dict[str, dict[str, Any]]:

@@ -42,20 +42,21 @@ class BaseVelocityPenalty:
         """Each column's share of R, ``(N,)`` float32 or wider, and ``weight dR/dv``, ``(K, N, ...)``, 0 where a row is
         not active.
 
-        One forward of the base for each active velocity, B at a time; the rollout holds those of the model, whose
+        One forward of the base for each active velocity, B at a time; the rollout knows those of the model, whose
         weights must not have changed since. A column without active rows has distance 0.
         """
         batch, active = rollout.batch_size, plan.coefficient != 0
         wide = torch.promote_types(rollout.velocities.dtype, torch.float32)
         with made_for("latents"):
             apart = rollout.velocities.new_zeros((*plan.index.shape, *rollout.velocities.shape[2:]), dtype=wide)
+        parts = [(rows, columns) for rows, columns in map(torch.unbind, active.nonzero().T.split(batch, dim=1))]
+        for rows, columns in parts:
+            apart[rows, columns] = rollout.velocities_of(plan.index[rows, columns], columns % batch).to(wide)
         with self.base():
-            for part in active.nonzero().split(batch):
-                rows, columns = part.unbind(dim=1)
+            for rows, columns in parts:
                 steps, samples = plan.index[rows, columns], columns % batch
                 latents, sigma = rollout.latents[steps, samples], rollout.sigmas[steps].to(rollout.latents.device)
-                base = evaluated(velocity.select(samples), latents, sigma)
-                apart[rows, columns] = rollout.velocities[steps, samples].to(wide) - base.to(wide)
+                apart[rows, columns] -= evaluated(velocity.select(samples), latents, sigma).to(wide)
         rows_of = active.sum(dim=0).clamp(min=1).to(apart)
         distance = apart.flatten(2).square().mean(dim=2).sum(dim=0) / rows_of
         factor = 2 * self.weight / (len(rows_of) * rows_of * apart[0, 0].numel())

@@ -60,7 +60,11 @@ class Rollout:
 
     def velocities_at(self, index: Tensor) -> Tensor:
         """Velocities ``(N, ...)`` at the steps ``index (N,)``; entry n belongs to sample ``n % B``."""
-        return picked(self.velocities, index, self._samples(index))
+        return self.velocities_of(index, self._samples(index))
+
+    def velocities_of(self, steps: Tensor, samples: Tensor) -> Tensor:
+        """Velocities ``(N, ...)``; entry n is of sample ``samples[n]`` at step ``steps[n]``."""
+        return picked(self.velocities, steps, samples)
 
     def posterior_mean(self, index: int | Tensor) -> Tensor:
         """One leap to the image, ``x_t - sigma_t v_t``: ``(N, ...)``. ``index``: a step for all B samples, or ``(N,)``

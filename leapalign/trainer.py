@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leapalign.cached_rollout import CachedRollout
 from leapalign.config import Config
 from leapalign.diagnostics.guards import fault_names
 from leapalign.diagnostics.threshold import warn_of_thresholds
@@ -26,6 +27,7 @@ from leapalign.memory.room import require_room
 from leapalign.method_gradient import Objective, draw_several, joined, method_backward
 from leapalign.methods import Method, get_method
 from leapalign.models import load_model
+from leapalign.models.block_cache import cached_blocks, require_cache
 from leapalign.models.patching import patch_networks
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity, require_fit, undetached
@@ -113,6 +115,7 @@ class Trainer:
 
         Raises UserError where they cannot be, or cannot be patched.
         """
+        require_cache(model.transformer, config.rollout)
         patch_networks(model, config.kernels)
         weights = place(model, config.memory, device)
         rewards = [replace(term, lend=lender(term.reward, config.memory, device)) for term in rewards]
@@ -245,9 +248,11 @@ class Trainer:
         prompts = [self.prompts[index] for index in chosen]
         velocity = prompted_velocity(self.model, self.embeddings[torch.tensor(chosen)])
         noise = self.model.draw_noise([seed_of(config.seed, NOISE_STREAM, position) for position in positions])
-        with stage("rollout"):
+        with stage("rollout"), cached_blocks(self.model.transformer, config.rollout):
             sigmas = self.model.sigmas(config.rollout.num_steps, config.rollout.sigmas)
             rollout = sample_rollout(velocity, noise, sigmas)
+        if config.rollout.cache is not None:
+            rollout = CachedRollout.of(rollout, velocity)
         objective = Objective.of(config, self.model.decode, self.rewards)
         microbatch = config.train.microbatch
         metrics = method_backward(
@@ -262,6 +267,9 @@ class Trainer:
             gradient_sink=self.optimizer.gradient_sink,
             penalty=self.penalty,
         )
+        errors = rollout.errors() if isinstance(rollout, CachedRollout) else None
+        if errors is not None:
+            metrics["velocity_error"] = errors
         every = config.diagnostics.true_gradient_every
         if every and self.iteration % every == 0 and positions.start == self._positions.start:
             parameters = [p for p in self.model.transformer.parameters() if p.requires_grad]

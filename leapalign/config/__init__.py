@@ -4,6 +4,7 @@ from leapalign.config.files import config_from, load_config, override, read_conf
 from leapalign.config.kernels import KernelsConfig
 from leapalign.config.measuring import DiagnosticsConfig, EvaluateConfig, SamplesConfig, WatchConfig
 from leapalign.config.memory import MemoryConfig
+from leapalign.config.rollout import CacheConfig, RolloutConfig, SigmaSpacing
 from leapalign.config.sections import (
     HOST_OPTIMIZERS,
     CfgGradient,
@@ -14,13 +15,12 @@ from leapalign.config.sections import (
     OptimizerConfig,
     PromptsConfig,
     RegularizationConfig,
-    RolloutConfig,
-    SigmaSpacing,
     TrainConfig,
 )
 
 __all__ = [
     "HOST_OPTIMIZERS",
+    "CacheConfig",
     "CfgGradient",
     "CheckpointConfig",
     "Config",

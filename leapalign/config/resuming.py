@@ -46,6 +46,7 @@ RESUMED: dict[str, str] = {
     "rollout.num_steps": UNLESS_WATCHED,
     "rollout.sigmas": UNLESS_WATCHED,
     "rollout.batch_size": MAY_CHANGE,
+    "rollout.cache": MAY_CHANGE,
     "method": MAY_CHANGE,
     "reward": UNLESS_WATCHED,
     "equal_reward_gradients": MAY_CHANGE,

@@ -10,6 +10,7 @@ from pydantic import Field
 from leapalign.config.kernels import KernelsConfig
 from leapalign.config.measuring import DiagnosticsConfig, EvaluateConfig, SamplesConfig, WatchConfig
 from leapalign.config.memory import MemoryConfig
+from leapalign.config.rollout import RolloutConfig
 from leapalign.inputs.bounds import (
     Decay,
     FiniteFloat,
@@ -84,21 +85,6 @@ class PromptsConfig:
     ``prompt`` column."""
     cache: PathText | None = None
     """Folder that ``leapalign cache`` filled: embeddings come from there, and no text encoder is loaded."""
-
-
-SigmaSpacing = Literal["pipeline", "linear"]
-"""How noise levels lie before they are shifted."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    num_steps: Steps = 25
-    """Euler steps from noise to image."""
-    sigmas: SigmaSpacing = "pipeline"
-    """Noise levels as the model's own pipeline has them, or evenly from 1 to ``1 / num_steps``, then shifted: of Stable
-    Diffusion 3.5 others, its last of 25 is 0.111 instead of 0.009."""
-    batch_size: Images = 32
-    """Images sampled at once; an iteration of ``train.batch_size`` images runs as several such rollouts."""
 
 
 HOST_OPTIMIZERS = ("adamw_8bit", "adafactor")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leapalign.config import CfgGradient
 from leapalign.inputs.validation import UserError
+from leapalign.models.block_cache import cache_of
 from leapalign.models.protocol import FlowModel, GuidingModel
 from leapalign.rollout import VelocityFn
 from leapalign.surrogate import ConditionedVelocity
@@ -78,7 +79,7 @@ class PromptedVelocity:
     embeddings: Any
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        return self.model.velocity(latents, sigma, self.embeddings)
+        return _velocity(self.model, latents, sigma, self.embeddings)
 
     def select(self, samples: Tensor) -> PromptedVelocity:
         return PromptedVelocity(self.model, self.embeddings[samples])
@@ -125,15 +126,15 @@ class GuidedVelocity:
         if not self.embeddings.batched:
             return self._prompt(latents, sigma), self._negative(latents, sigma)
         embeddings = self.embeddings.prompts.followed_by(self._negatives(len(latents)))
-        velocity = self.model.velocity(torch.cat([latents, latents]), torch.cat([sigma, sigma]), embeddings)
+        velocity = _velocity(self.model, torch.cat([latents, latents]), torch.cat([sigma, sigma]), embeddings)
         prompt, negative = velocity.chunk(2)
         return prompt, negative
 
     def _prompt(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        return self.model.velocity(latents, sigma, self.embeddings.prompts)
+        return _velocity(self.model, latents, sigma, self.embeddings.prompts)
 
     def _negative(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        return self.model.velocity(latents, sigma, self._negatives(len(latents)))
+        return _velocity(self.model, latents, sigma, self._negatives(len(latents)), "negative")
 
     def _negatives(self, count: int) -> Any:
         return self.embeddings.negative.repeated(count)
@@ -155,6 +156,11 @@ class DetachedVelocity(GuidedVelocity):
         if isinstance(self.model, GuidingModel):
             return [(self, cotangent)]
         return [(self._prompt, self.embeddings.scale * cotangent)]
+
+
+def _velocity(model: FlowModel, latents: Tensor, sigma: Tensor, embeddings: Any, of: str = "prompt") -> Tensor:
+    with cache_of(model.transformer, of):
+        return model.velocity(latents, sigma, embeddings)
 
 
 GUIDED: Mapping[CfgGradient, type[GuidedVelocity]] = {"full": GuidedVelocity, "detached": DetachedVelocity}

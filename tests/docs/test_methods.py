@@ -91,7 +91,13 @@ def test_every_recipe_is_listed() -> None:
 
 
 def test_metrics_of_the_page_are_those_of_a_run(tmp_path: Path) -> None:
-    asked = ("rollout.batch_size=4", "train.batch_size=4", "train.iterations=1", "rollout.num_steps=4")
+    asked = (
+        "rollout.batch_size=4",
+        "train.batch_size=4",
+        "train.iterations=1",
+        "rollout.num_steps=4",
+        "rollout.cache={name: first_block}",
+    )
     compared = "diagnostics.true_gradient_every=1"
     config = load_config(ROOT / "configs" / "tiny.yaml", [f"output={tmp_path / 'run'}", compared, *asked])
     (record,) = Trainer.from_config(config).run()

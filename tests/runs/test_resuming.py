@@ -36,6 +36,7 @@ EFFECTIVE = {
     "model.true_cfg_scale": ("model.true_cfg_scale=2",),
     "model.max_sequence_length": ("model.max_sequence_length=4",),
     "rollout.num_steps": ("rollout.num_steps=4",),
+    "rollout.cache": ("rollout.cache={name: first_block, threshold: 1e9}",),
     "method": ("method={name: draft_k}",),
     "reward": ("reward={name: clipscore, path: REWARD}",),
     "equal_reward_gradients": ("equal_reward_gradients=true",),
