@@ -67,7 +67,7 @@ def parts(device: torch.device, profile: Path, output: Path, dry: bool = False) 
     bench = ("-m", "leap_kernels", "bench", "--json", *(("--quick", "--op", "ema_update_") if dry else ()))
     return {
         "machine": diagnose,
-        "tests": lambda: command(logs["tests"], *tests, *(("tests/kernels/test_cuda.py",) if dry else ()))[-1],
+        "tests": lambda: command(logs["tests"], *tests, *(("kernels/tests/test_cuda.py",) if dry else ()))[-1],
         "bandwidth": lambda: bandwidth(device, 1 << 20 if dry else min(MOST_COPIED, free_memory(device) // 8)),
         **tiny,
         "large": lambda: large_step(large(), device),
