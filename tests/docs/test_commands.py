@@ -65,6 +65,7 @@ PARSED_ONLY = {
     "python benchmarks/tiny_study.py": "the demo, three times",
     "python benchmarks/families.py": "minutes of simulations; tests/planning has them",
     "python benchmarks/activation_memory.py": "tests/planning has it",
+    "python benchmarks/dropped_in.py": "half a minute; tests/docs has it",
     "python benchmarks/gradient_agreement.py": "minutes",
     "python benchmarks/guidance_gradient.py": "minutes",
     "python benchmarks/gradient_accumulation.py": "a minute",
