@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from leap_kernels.tools.report import provenance
 
+from benchmarks.gpu_blocks import MODELS, block_table, measured_blocks
 from benchmarks.gpu_measures import bandwidth, free_memory, large_step, measured_step
 from benchmarks.tables import RESULTS, markdown
 from leapalign.cli.doctor import diagnose
@@ -67,10 +68,11 @@ def parts(device: torch.device, profile: Path, output: Path, dry: bool = False) 
     bench = ("-m", "leap_kernels", "bench", "--json", *(("--quick", "--op", "ema_update_") if dry else ()))
     return {
         "machine": diagnose,
-        "tests": lambda: command(logs["tests"], *tests, *(("tests/kernels/test_cuda.py",) if dry else ()))[-1],
+        "tests": lambda: command(logs["tests"], *tests, *(("kernels/tests/test_cuda.py",) if dry else ()))[-1],
         "bandwidth": lambda: bandwidth(device, 1 << 20 if dry else min(MOST_COPIED, free_memory(device) // 8)),
         **tiny,
         "large": lambda: large_step(large(), device),
+        **{f"blocks_{name}": partial(measured_blocks, name, device, dry) for name in MODELS},
         "kernels": lambda: [json.loads(line) for line in command(logs["kernels"], *bench) if line.startswith("{")],
     }
 
@@ -145,7 +147,7 @@ def command(log: Path, *arguments: str) -> list[str]:
 
 
 def page(report: dict[str, Any]) -> str:
-    """The report in Markdown; steps stage by stage, the rest as it is but for its length."""
+    """The report in Markdown; steps stage by stage, blocks in columns, the rest as it is but for its length."""
     lines = ["# GPU report", "", ", ".join(f"{key} {value}" for key, value in report["about"].items())]
     for name, part in list(report.items())[1:]:
         lines += ["", f"## {name} ({part['seconds']:.0f} s)", ""]
@@ -156,6 +158,8 @@ def page(report: dict[str, Any]) -> str:
             lines.append(f"**Skipped:** {part['skipped']}.")
         elif isinstance(result, dict) and "peak_bytes_simulated" in result:
             lines.append(_stages(result))
+        elif name.startswith("blocks_"):
+            lines.append(block_table(result))
         else:
             lines.append(f"```\n{(result if isinstance(result, str) else json.dumps(result))[:2000]}\n```")
     return "\n".join(lines)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from measured_iterations import measured
 from places import BYTES, STREAMED
+from small_models import small_flux, small_vae
 from small_runs import config_of, gradient, make_parts, train, weights, without_time
-from tiny_folders import save_qwen_image, save_stable_diffusion_3, small_vae
+from tiny_folders import save_qwen_image, save_stable_diffusion_3
 from torch import Tensor
-from worlds import flux_embeddings, relative_difference, small_flux
+from worlds import flux_embeddings, relative_difference
 
 from leapalign.cached_rollout import CachedRollout
 from leapalign.cli import main

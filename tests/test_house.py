@@ -51,4 +51,25 @@ def test_the_map_in_the_readme_is_the_tree() -> None:
 
 def test_tests_stand_in_rooms_of_the_same_names() -> None:
     rooms = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
-    assert rooms <= {*(room.name for room in ROOMS), "kernels", "docs", "benchmarks"}
+    assert rooms <= {*(room.name for room in ROOMS), "docs", "benchmarks"}
+
+
+def test_the_kernels_tests_need_no_leapalign() -> None:
+    """Nor does what they share with others."""
+    shared = {path.stem: path for folder in ("tests/support", "kernels/tests") for path in (ROOT / folder).glob("*.py")}
+    left, seen = sorted((ROOT / "kernels" / "tests").glob("test_*.py")), set()
+    assert left
+    while left:
+        path = left.pop()
+        for name in _imported(path) - seen:
+            assert name != "leapalign", path
+            seen.add(name)
+            left += [shared[name]] if name in shared else []
+
+
+def _imported(path: Path) -> set[str]:
+    """The packages and modules of the top that a file imports, by name."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}

@@ -11,9 +11,9 @@ import inline
 import pytest
 import torch
 from diffusers.models.transformers import transformer_flux
-from tiny_folders import small_vae
+from small_models import small_flux, small_vae
 from torch import Tensor, nn
-from worlds import World, conditioned_world, flux_embeddings, relative_difference, small_flux
+from worlds import World, conditioned_world, flux_embeddings, relative_difference
 
 from leapalign.config import ModelConfig
 from leapalign.memory.base_weights import BaseWeights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ._triton import jit, tl, triton
 
 LONGEST = 8192
-"""Elements of the longest row that a program holds in registers."""
+"""Elements of the longest row that a program holds in registers; of longer ones see `_adaln_wide`."""
 
 
 def block_and_warps(width: int, sums: bool = False) -> tuple[int, int]:

@@ -1,15 +1,13 @@
-"""The Triton kernels of the ops of transformer blocks, for the catalog.
+"""The Triton kernels of the ops of transformer blocks but `adaln_modulate`, for the catalog.
 
-Rows are 3072 wide, as FLUX's are, or 1024 where a block of columns is, and heads have 128 elements.
+Rows are 1024 wide, as a block of columns is, and heads have 128 elements.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
-from ._adaln_triton import adaln_backward_kernel, adaln_kernel, block_and_warps
+from ._adaln_catalog import SUMMED_PROGRAMS, vectors_in_float32
 from ._modulation import STRIP, SUMMED_STRIP
 from ._norm_rope_triton import TILE, TOKENS, norm_rope_backward_kernel, norm_rope_kernel
 from ._specs import KernelSpec
@@ -20,62 +18,8 @@ from .gelu_tanh import gelu_backward_kernel, gelu_kernel
 from .swiglu import BLOCK as SWIGLU_BLOCK
 from .swiglu import swiglu_backward_kernel, swiglu_kernel
 
-ROW, HEAD = 3072, 128
-"""Elements of a row of a block's stream, and of a head."""
-_SUMMED_PROGRAMS = 257
-"""Enough for programs to sum the longer strips."""
-_BFLOAT16 = (torch.bfloat16,)
-
-
-def _vectors_in_float32(spec: KernelSpec, name: str, *vectors: str) -> KernelSpec:
-    """Return the kernel for bfloat16 rows that float32 vectors modulate."""
-    return replace(spec, name=name, arguments={**spec.arguments, **dict.fromkeys(vectors, "*fp32")}, dtypes=_BFLOAT16)
-
-
-def _adaln(name: str, shift: bool) -> KernelSpec:
-    block, warps = block_and_warps(ROW)
-    return KernelSpec(
-        name,
-        adaln_kernel,
-        {
-            **dict.fromkeys(("x_ptr", "shift_ptr", "scale_ptr", "out_ptr"), "*T"),
-            "statistics_ptr": "*fp32",
-            **dict.fromkeys(("rows", "all_rows", "strips", "width", "shift_stride", "scale_stride"), "i32"),
-            "eps": "fp32",
-        },
-        {"SHIFT": shift, "STRIP": STRIP, "BLOCK": block},
-        reads=("T",),
-        writes=("T",),
-        elements=STRIP * ROW,
-        num_warps=warps,
-        per_group=("statistics_ptr",),
-        common=("shift_ptr", "scale_ptr"),
-        shaped=("BLOCK",),
-    )
-
-
-def _adaln_backward(name: str, sums: bool) -> KernelSpec:
-    block, warps = block_and_warps(ROW, sums)
-    strip = SUMMED_STRIP if sums else STRIP
-    return KernelSpec(
-        name,
-        adaln_backward_kernel,
-        {
-            **dict.fromkeys(("grad_ptr", "x_ptr", "scale_ptr"), "*T"),
-            **{"statistics_ptr": "*fp32", "grad_x_ptr": "*T", "sums_ptr": "*fp32"},
-            **dict.fromkeys(("rows", "all_rows", "strips", "width", "scale_stride"), "i32"),
-        },
-        {"SUMS": sums, "STRIP": strip, "BLOCK": block},
-        reads=("T", "T"),
-        writes=("T",),
-        elements=strip * ROW,
-        num_warps=warps,
-        per_group=("statistics_ptr",),
-        common=("scale_ptr",),
-        shaped=("STRIP", "BLOCK") if sums else ("BLOCK",),
-        programs=_SUMMED_PROGRAMS if sums else 17,
-    )
-
+HEAD = 128
+"""Elements of a head."""
 
 _GATED = KernelSpec(
     "gated_residual",
@@ -108,7 +52,7 @@ def _gated_backward(name: str, gate: bool, y: bool) -> KernelSpec:
         elements=strip * GATED_BLOCK,
         common=("gate_ptr",),
         shaped=("STRIP",) if gate else (),
-        programs=_SUMMED_PROGRAMS if gate else 17,
+        programs=SUMMED_PROGRAMS if gate else 17,
     )
 
 
@@ -208,24 +152,14 @@ def _norm_rope_backward(name: str, weight: bool, halves: bool) -> KernelSpec:
     )
 
 
-_MODULATE = _adaln("adaln_modulate", True)
-_MODULATE_BACKWARD = _adaln_backward("adaln_modulate/backward_sums", True)
 _GATED_BACKWARD = _gated_backward("gated_residual/backward", True, True)
-ADALN_KERNELS = (
-    _MODULATE,
-    _adaln("adaln_modulate/no_shift", False),
-    _vectors_in_float32(_MODULATE, "adaln_modulate/float32_vectors", "shift_ptr", "scale_ptr"),
-    _adaln_backward("adaln_modulate/backward", False),
-    _MODULATE_BACKWARD,
-    _vectors_in_float32(_MODULATE_BACKWARD, "adaln_modulate/backward_float32_vectors", "scale_ptr"),
-)
 GATED_KERNELS = (
     _GATED,
-    _vectors_in_float32(_GATED, "gated_residual/float32_gate", "gate_ptr"),
+    vectors_in_float32(_GATED, "gated_residual/float32_gate", "gate_ptr"),
     _GATED_BACKWARD,
     _gated_backward("gated_residual/backward_of_gate", True, False),
     _gated_backward("gated_residual/backward_of_y", False, True),
-    _vectors_in_float32(_GATED_BACKWARD, "gated_residual/backward_float32_gate", "gate_ptr"),
+    vectors_in_float32(_GATED_BACKWARD, "gated_residual/backward_float32_gate", "gate_ptr"),
 )
 GELU_KERNELS = (_GELU, _GELU_BACKWARD)
 # Packed halves are rows of the same kernels, further apart.

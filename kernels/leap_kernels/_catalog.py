@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ._block_catalog import ADALN_KERNELS, GATED_KERNELS, GELU_KERNELS, NORM_ROPE_KERNELS, SWIGLU_KERNELS
+from ._adaln_catalog import ADALN_KERNELS
+from ._block_catalog import GATED_KERNELS, GELU_KERNELS, NORM_ROPE_KERNELS, SWIGLU_KERNELS
 from ._group_norm_catalog import GROUP_NORM_KERNELS
 from ._leap_catalog import (
     COMBINE_KERNELS,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _native
 from ._adaln_triton import LONGEST, adaln_backward_kernel, adaln_kernel, block_and_warps
+from ._adaln_wide import wide_backward, wide_forward
 from ._arguments import compute_dtype
 from ._dispatch import choose, current, register, resumed, unsupported
 from ._first_order import define_gradient
@@ -73,6 +74,8 @@ def triton_forward(x: Tensor, shift: Tensor | None, scale: Tensor, eps: float) -
     x = x.contiguous()
     batch, rows, width = sizes(x)
     out, statistics = _results(x, torch.float32)
+    if width > LONGEST:
+        return wide_forward(x, shift, scale, eps, out, statistics)
     vectors, scale_stride = strided(scale)
     # Without a shift nothing reads the stand-in.
     shifts, shift_stride = (vectors, 0) if shift is None else strided(shift)
@@ -93,6 +96,9 @@ def triton_backward(
     """Compute with Triton; arguments and results as for `reference_backward`."""
     grad, x = grad.contiguous(), x.contiguous()
     batch, rows, width = sizes(x)
+    if width > LONGEST:
+        grad_x, partial = wide_backward(grad, x, scale, statistics, sums)
+        return grad_x, *_summed(partial, x, scale, shift_dtype, sums)
     grad_x = torch.empty_like(x)
     vectors, scale_stride = strided(scale)
     strip = summed_strip(batch, rows) if sums else STRIP
@@ -105,13 +111,18 @@ def triton_backward(
             *(scale_stride, sums, strip, block),
             num_warps=warps,
         )
+    return grad_x, *_summed(partial, x, scale, shift_dtype, sums)
+
+
+def _summed(partial: Tensor, x: Tensor, scale: Tensor, shift_dtype: torch.dtype, sums: bool) -> tuple[Tensor, Tensor]:
+    """Return the gradients at shift and scale, from those of each strip (2, B, strips, C)."""
     if not sums:
-        return grad_x, nothing(x), nothing(x)
+        return nothing(x), nothing(x)
     grad_shift, grad_scale = (
         part.sum(dim=1).to(dtype).view(scale.shape)
         for part, dtype in zip(partial, (shift_dtype, scale.dtype), strict=True)
     )
-    return grad_x, grad_shift, grad_scale
+    return grad_shift, grad_scale
 
 
 # ---- native CPU code ---------------------------------------------------------------------------------------
@@ -144,8 +155,6 @@ def native_backward(
 
 def eligible(backend: str, x: Tensor, *others: Tensor) -> str | None:
     """Say why `backend` cannot take the tensors, `x` first, or return None if it can."""
-    if backend == "triton" and x.shape[-1] > LONGEST:
-        return f"a row has {x.shape[-1]} elements, and Triton's kernel takes {LONGEST} at most"
     return unsupported(backend, x, *others)
 
 

@@ -82,7 +82,7 @@ _COUNTED_AS = {
 """Operations that PyTorch has no count of FLOPs for, and those that compute the same."""
 
 
-class _Spectator(StorageLedger):
+class Spectator(StorageLedger):
     """Counts FLOPs by stage, too, and lets code that asks a fake tensor for its value go on with 1."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class _Spectator(StorageLedger):
 class _Replay:
     """Runs each function once on tensors of given shapes, and from then on only repeats what it returned and cost."""
 
-    def __init__(self, mode: FakeTensorMode, ledger: _Spectator) -> None:
+    def __init__(self, mode: FakeTensorMode, ledger: Spectator) -> None:
         self._mode, self._ledger, self._flops = mode, ledger, ledger.flops
         self._seen: dict[Any, tuple[Any, dict[Role, int], Counter[Any], Counter[Any], list[Event]]] = {}
 
@@ -141,7 +141,7 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
     iterate: runs the iteration; another's to compare with.
     """
     config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, attention="native"))
-    ledger, mode = _Spectator(), FakeTensorMode(allow_non_fake_inputs=True)
+    ledger, mode = Spectator(), FakeTensorMode(allow_non_fake_inputs=True)
     with progress("simulate, model", len(ITERATION), "stage") as bar, watched(_shown_on(bar)), ledger:
         parts = skeleton(config, mode)
         _count_parts(ledger, parts)
@@ -180,7 +180,7 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
 def simulate_probe(config: Config) -> Peak:
     """The device's peak in a step of `leapalign.probe`, by role: the decoder, the rewards, what they keep; without the
     model. Raises UserError where the model's configs cannot be read."""
-    ledger, mode = _Spectator(), FakeTensorMode(allow_non_fake_inputs=True)
+    ledger, mode = Spectator(), FakeTensorMode(allow_non_fake_inputs=True)
     with progress("simulate, probe", 1, "stage"):
         parts = skeleton(config, mode)
         with ledger, run_by(_Replay(mode, ledger)):

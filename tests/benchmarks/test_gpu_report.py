@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_measures, gpu_report
+from benchmarks import gpu_blocks, gpu_measures, gpu_report
 from leapalign.inputs.validation import UserError
 
 CPU = torch.device("cpu")
@@ -140,6 +140,24 @@ def test_what_cannot_be_is_said_at_once(arguments: list[str], message: str, monk
     assert not (gpu_report.RESULTS / "gpu_report.json").exists()
 
 
+def test_blocks_are_measured_in_three_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each column is what it says."""
+    ran, forward = [], gpu_blocks._forward
+
+    def noted(block: torch.nn.Module, *given: object) -> None:
+        patched = any("forward" in vars(module) for module in block.modules())
+        ran.append("patched" if patched else "compile" if block._compiled_call_impl else "eager")
+        forward(block, *given)
+
+    monkeypatch.setattr(gpu_blocks, "_forward", noted)
+    (line,) = gpu_blocks.measured_blocks("qwen_image", CPU, dry=True)
+    assert line["ops"] == ["adaln_modulate", "gated_residual", "gelu_tanh", "qk_norm_rope"]
+    assert list(line["milliseconds"]) == ran == [*gpu_blocks.COLUMNS]
+    assert all(value > 0 for passes in line["milliseconds"].values() for value in passes.values())
+    page = gpu_report.page({"about": {}, "blocks_qwen_image": {"result": [line], "seconds": 1.0}})
+    assert "| block | pass | eager, ms | compile, ms | patched, ms |" in page
+
+
 def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--dry-run", "--output", output]
@@ -148,13 +166,17 @@ def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     report = json.loads(output.read_text())
     assert report.pop("about")["device"] == gpu_report.DRY
     tiny = [f"tiny_{place}" for place in gpu_report.PLACES]
-    assert list(report) == ["machine", "tests", "bandwidth", *tiny, "large", "kernels"]
+    blocks = [f"blocks_{name}" for name in gpu_report.MODELS]
+    assert list(report) == ["machine", "tests", "bandwidth", *tiny, "large", *blocks, "kernels"]
     assert {name: part.get("failed") for name, part in report.items()} == dict.fromkeys(report)
     assert report["machine"]["result"]["devices"] == ["cpu"]
     assert "skipped" in report["tests"]["result"]
     assert report["bandwidth"]["result"].keys() == {"bytes", "to_device", "to_host"}
     for name in (*tiny, "large"):
         assert set(report[name]["result"]["seconds"]) == {"rollout", "reward", "surrogate", "optimizer"}
+    for name in blocks:
+        assert all(line["ops"] for line in report[name]["result"])
+    assert len(report["blocks_flux1"]["result"]) == 2
     assert {line["op"] for line in report["kernels"]["result"]} == {"ema_update_"}
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.tests.log", "report.kernels.log"}
     assert "no figure here is a GPU's" in done.stdout

@@ -14,9 +14,9 @@ from diffusers import FluxTransformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_fal_kontext_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import save_file
+from small_models import small_flux
 from tiny_folders import save_qwen_image, save_stable_diffusion_3
 from torch import Tensor, nn
-from worlds import small_flux
 
 from leapalign.export.layouts import FLUX, Layout
 from leapalign.export.original_layout import COMFYUI_PREFIX, comfyui_adapter, layout_of, original_weights

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from tiny_folders import small_vae
+from small_models import small_flux, small_vae
 from torch import Tensor, nn
-from worlds import flux_embeddings, small_flux
+from worlds import flux_embeddings
 
 from leapalign.config import MemoryConfig
 from leapalign.inputs.validation import UserError

@@ -10,9 +10,9 @@ import pytest
 from chat_folders import save_flux2_dev, save_flux2_klein, save_z_image
 from device_copies import AWAY, DeviceCopies
 from family_checks import SEEDS, write_config
+from small_models import small_flux, small_vae
 from tiers import some_slow
-from tiny_folders import PROMPTS, save_flux, save_qwen_image, save_stable_diffusion_3, small_vae
-from worlds import small_flux
+from tiny_folders import PROMPTS, save_flux, save_qwen_image, save_stable_diffusion_3
 
 from leapalign.config import ModelConfig, load_config
 from leapalign.models import encode_prompts, load_model

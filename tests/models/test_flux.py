@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from tiny_folders import save_flux, small_vae
-from worlds import flux_embeddings, small_flux
+from small_models import small_flux, small_vae
+from tiny_folders import save_flux
+from worlds import flux_embeddings
 
 from leapalign.config import ModelConfig
 from leapalign.inputs.validation import UserError

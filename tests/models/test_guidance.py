@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from family_checks import write_config
+from small_models import small_flux, small_vae
 from small_runs import config_of
 from tiers import some_slow
-from tiny_folders import save_qwen_image, save_stable_diffusion_3, small_vae
+from tiny_folders import save_qwen_image, save_stable_diffusion_3
 from torch import Tensor
-from worlds import flux_embeddings, relative_difference, small_flux
+from worlds import flux_embeddings, relative_difference
 
 from leapalign.config import config_from, load_config
 from leapalign.diagnostics.true_gradient import true_gradient

@@ -12,6 +12,7 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "kernels/README.md",
+    "kernels/docs/trainers.md",
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 )
 PROGRAMS = ("leapalign", "make", "python", "printf", ".venv/bin/pre-commit", "hf", "pip", "python3", "tensorboard")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
@@ -16,6 +15,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from small_models import small_vae
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
@@ -78,21 +78,6 @@ def save_stable_diffusion_3(folder: Path) -> None:
         text_encoder_3=_t5(),
         tokenizer_3=_t5_tokenizer(),
     ).save_pretrained(folder)
-
-
-def small_vae() -> AutoencoderKL:
-    """Of Stable Diffusion 3's settings, at a factor of 8."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
 
 
 def _clip(width: int, projection: int) -> CLIPTextModelWithProjection:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
-from tiny_folders import small_vae
+from small_models import small_flux, small_vae
 from torch import Tensor, nn
 
 from leapalign.models.embeddings import PromptEmbeddings
@@ -80,23 +79,6 @@ def conditioned_world(shape: tuple[int, ...], batch: int, steps: int) -> World:
     sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** 1.3
     rollout = sample_rollout(velocity, torch.randn(batch, *shape, dtype=torch.float64), sigmas)
     return World(velocity, list(network.parameters()), rollout, torch.randn(batch, *shape, dtype=torch.float64))
-
-
-def small_flux(**changes: Any) -> FluxTransformer2DModel:
-    """A random FLUX of one double and one single block, over packed latents of 16 channels, but for ``changes``."""
-    sizes = {
-        "patch_size": 1,
-        "in_channels": 16,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 12,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 20,
-        "pooled_projection_dim": 10,
-        "guidance_embeds": False,
-        "axes_dims_rope": (4, 4, 4),
-    }
-    return FluxTransformer2DModel(**{**sizes, **changes})
 
 
 def flux_embeddings(batch: int, dtype: torch.dtype = torch.float32) -> PromptEmbeddings:

@@ -8,7 +8,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from .._block_catalog import HEAD, ROW
+from .._adaln_catalog import ROW, WIDE_ROW
+from .._adaln_wide import wide_backward, wide_forward
+from .._block_catalog import HEAD
 from .._group_norm_launch import CHANNELS
 from .._group_norm_launch import triton_backward as group_norm_backward
 from .._group_norm_launch import triton_forward as group_norm
@@ -34,15 +36,15 @@ def _call(launcher: Callable[..., object], *arguments: object) -> Callable[[], o
     return lambda: launcher(*arguments)
 
 
-def _rows(i: Inputs, count: int) -> list[Tensor]:
+def _rows(i: Inputs, count: int, widest: int = ROW) -> list[Tensor]:
     """Return tensors (B, rows, width)."""
-    width = gcd(i.per_sample, ROW)
+    width = gcd(i.per_sample, widest)
     return [i.tensor((i.batch, i.per_sample // width, width), i.dtype) for _ in range(count)]
 
 
-def _vectors(i: Inputs, count: int, dtype: torch.dtype | None) -> list[Tensor]:
+def _vectors(i: Inputs, count: int, dtype: torch.dtype | None, widest: int = ROW) -> list[Tensor]:
     """Return chunks of a tensor (B, 6 * width)."""
-    width = gcd(i.per_sample, ROW)
+    width = gcd(i.per_sample, widest)
     return list(i.tensor((i.batch, 6 * width), dtype or i.dtype).chunk(6, dim=-1)[:count])
 
 
@@ -58,10 +60,27 @@ def _modulate_backward(sums: bool, dtype: torch.dtype | None = None) -> Launcher
     def launcher(i: Inputs) -> Callable[[], object]:
         grad, x = _rows(i, 2)
         (scale,) = _vectors(i, 1, dtype)
-        statistics = i.tensor((2, *x.shape[:-1]), _FLOAT32)
-        return _call(modulate_backward, grad, x, scale, statistics, scale.dtype, sums)
+        return _call(modulate_backward, grad, x, scale, _statistics(i, x), scale.dtype, sums)
 
     return launcher
+
+
+def _wide(i: Inputs) -> Callable[[], object]:
+    (x,) = _rows(i, 1, WIDE_ROW)
+    shift, scale = _vectors(i, 2, None, WIDE_ROW)
+    return _call(wide_forward, x, shift, scale, 1e-6, i.tensor(x.shape, i.dtype), _statistics(i, x))
+
+
+def _wide_backward(sums: bool) -> Launcher:
+    def launcher(i: Inputs) -> Callable[[], object]:
+        grad, x = _rows(i, 2, WIDE_ROW)
+        return _call(wide_backward, grad, x, *_vectors(i, 1, None, WIDE_ROW), _statistics(i, x), sums)
+
+    return launcher
+
+
+def _statistics(i: Inputs, x: Tensor) -> Tensor:
+    return i.tensor((2, *x.shape[:-1]), _FLOAT32)
 
 
 def _gated(dtype: torch.dtype | None = None) -> Launcher:
@@ -165,6 +184,10 @@ BLOCK_LAUNCHERS: dict[str, Launcher] = {
     "adaln_modulate/backward": _modulate_backward(False),
     "adaln_modulate/backward_sums": _modulate_backward(True),
     "adaln_modulate/backward_float32_vectors": _modulate_backward(True, _FLOAT32),
+    "adaln_modulate/wide": _wide,
+    "adaln_modulate/wide_row_sums": _wide_backward(False),
+    "adaln_modulate/wide_backward": _wide_backward(False),
+    "adaln_modulate/wide_backward_sums": _wide_backward(True),
     "gated_residual": _gated(),
     "gated_residual/float32_gate": _gated(_FLOAT32),
     "gated_residual/backward": _gated_backward(True, True),

@@ -25,7 +25,7 @@ def hash_on_every_isa(code: str) -> set[str]:
     """Return the digests of the tensors that `code`, which puts them into a list `results`, computes."""
     printed = []
     here = Path(__file__).parent
-    shared = os.pathsep.join(map(str, (here, here.parent / "support")))
+    shared = os.pathsep.join(map(str, (here, here.parents[1] / "tests" / "support")))
     indented = "\n".join(f"    {line}" for line in code.splitlines())
     for isa in ("baseline", "avx2", "avx512"):
         environment = {**os.environ, "LEAP_NATIVE_ISA": isa, "PYTHONPATH": shared}

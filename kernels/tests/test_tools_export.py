@@ -113,6 +113,12 @@ def test_export_is_the_same_each_time(folder: Path, tmp_path: Path) -> None:
     assert files == {path: (folder / path).read_bytes() for path in files}
 
 
+def test_this_folder_hides_no_package_of_the_name() -> None:
+    """As pytest would have it, which takes `kernels` for the package of these tests."""
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or Path(__file__).parents[1] not in map(Path, spec.submodule_search_locations or ())
+
+
 @pytest.mark.parametrize("line", ["import leapalign", "from diffusers import utils", "import numpy as np"])
 def test_import_that_a_kernel_may_not_have_is_refused(line: str, tmp_path: Path) -> None:
     (tmp_path / "__init__.py").write_text("from . import _inner\nfrom ._other import name\nimport torch, os\n")

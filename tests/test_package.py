@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from installed import bare_python, install, uninstall, wheel_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 KERNELS, LEAPALIGN = "leap-kernels", "leapalign"
 SUM = "import torch, leap_kernels; print(leap_kernels.accumulate_(torch.ones(3), torch.ones(3)).tolist())"
 

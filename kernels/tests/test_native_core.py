@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[2] / "kernels" / "native"
+SOURCES = Path(__file__).parents[1] / "native"
 
 
 @pytest.mark.sanitizers

@@ -8,7 +8,7 @@ import pytest
 import torch
 from block_cases import BLOCK_CASES, HALVES_AND_FLOAT, SHAPES, BlockCase, assert_accurate, by_block_case
 from kernel_cases import BACKENDS, LAYOUTS, WORDS
-from leap_kernels import BackendUnavailable, use_backend
+from leap_kernels import use_backend
 from leap_kernels._modulation import SUMMED_STRIP, strided, summed_strip
 from leap_kernels.adaln_modulate import LONGEST, adaln_modulate
 from leap_kernels.gated_residual import gated_residual
@@ -189,10 +189,28 @@ def test_rows_of_a_large_mean() -> None:
 
 
 @pytest.mark.interpreter
-def test_long_rows_get_the_reference() -> None:
-    x, vector = torch.randn(1, 1, LONGEST + 1), torch.randn(1, LONGEST + 1)
-    with use_backend("triton", strict=True), pytest.raises(BackendUnavailable, match="elements"):
-        adaln_modulate(x, vector, vector)
+@pytest.mark.parametrize("name", ["adaln_modulate", "adaln_modulate/no_shift"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_too_wide_for_a_program(name: str, dtype: torch.dtype) -> None:
+    """They are read block by block; of the last block little is inside."""
+    case = BLOCK_CASES[name]
+    inputs = case.inputs((2, 19, LONGEST + 3), dtype)
+    inputs["x"] += 3 * torch.arange(LONGEST + 3).sub(LONGEST / 2).div(LONGEST).to(dtype)
+    with use_backend("triton", strict=True):
+        assert_accurate(case, inputs, case.run(inputs), cut=dtype == torch.bfloat16)
+
+
+@pytest.mark.interpreter
+def test_wide_rows_of_a_large_mean_and_each_gradient_alone() -> None:
+    x, zero = (torch.randn(1, 2, 3 * 4096) + 1000).requires_grad_(), torch.zeros(1, 3 * 4096)
+    exact = torch.nn.functional.layer_norm(x.double(), x.shape[-1:], eps=1e-6)
+    with use_backend("triton", strict=True):
+        y = adaln_modulate(x, zero, zero)
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=5e-4)
+        (alone,) = torch.autograd.grad(y, x, x.detach(), retain_graph=True)
+        scale = zero.clone().requires_grad_()
+        together, _ = torch.autograd.grad(adaln_modulate(x, zero, scale), (x, scale), x.detach())
+    assert torch.equal(alone, together)
 
 
 def test_wrong_arguments_are_named() -> None:

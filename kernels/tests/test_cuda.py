@@ -60,7 +60,7 @@ def on_device(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @block_cases.by_block_case
 @pytest.mark.parametrize("vectors", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", HALVES_AND_FLOAT, ids=str)
-@pytest.mark.parametrize("shape", [*block_cases.SHAPES, (2, 300, 3072)], ids=str)
+@pytest.mark.parametrize("shape", [*block_cases.SHAPES, (2, 300, 3072), (2, 19, 8195)], ids=str)
 def test_error_of_blocks(
     case: block_cases.BlockCase, shape: tuple[int, int, int], dtype: torch.dtype, vectors: torch.dtype | None
 ) -> None:

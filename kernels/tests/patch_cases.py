@@ -14,9 +14,8 @@ from chat_folders import small_flux2, small_z_image
 from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel
 from diffusers.models import normalization
 from diffusers.models.resnet import ResnetBlock2D
-from tiny_folders import small_vae
+from small_models import small_flux, small_vae
 from torch import Tensor, nn
-from worlds import small_flux
 
 BATCH = 2
 
