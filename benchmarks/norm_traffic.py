@@ -1,9 +1,9 @@
 """What the norm and the rotation of queries and keys move and save: diffusers' code for FLUX.1, and `qk_norm_rope`.
 
-    python benchmarks/norm_traffic.py
+    python -m benchmarks.norm_traffic
 
-Bytes an element of queries and keys in bfloat16: read and written by the operations of a forward pass, and saved for
-the backward pass beside the arguments. Counted, not timed.
+Bytes an element of queries and keys in bfloat16, on a GPU: read and written by the operations of a forward pass, and
+saved for the backward pass beside the arguments. Counted as in benchmarks/block_traffic.py, not timed.
 """
 
 from __future__ import annotations
@@ -17,27 +17,15 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from leap_kernels import QK, qk_norm_rope
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.block_traffic import Counting
+from leapalign.planning.gpu_norms import norms_as_on_a_gpu
+from leapalign.planning.ledger import StorageLedger
 
 HEADS, WIDTH = 24, 128
 IMAGE, TEXT = 512, 128
 """Tokens."""
-
-
-class Traffic(TorchDispatchMode):
-    """Within the block, ``bytes`` adds up arguments and results of operations that compute."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), result))
-        old = {tensor.untyped_storage().data_ptr() for tensor in given}
-        # A view moves nothing.
-        if any(tensor.untyped_storage().data_ptr() not in old for tensor in made):
-            self.bytes += sum(tensor.nbytes for tensor in (*given, *made))
-        return result
 
 
 def cases() -> tuple[list[Tensor], dict[str, Callable[[], Any]]]:
@@ -66,27 +54,20 @@ def cases() -> tuple[list[Tensor], dict[str, Callable[[], Any]]]:
 
 
 def measured() -> list[dict[str, Any]]:
-    arguments, runs = cases()
-    known = {tensor.untyped_storage().data_ptr() for tensor in arguments}
     elements = 2 * (IMAGE + TEXT) * HEADS * WIDTH
     found = []
-    for name, run in runs.items():
-        saved: dict[int, int] = {}
-
-        def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            # Until the count is done, so that no address is another tensor's.
-            result = run()
-        with torch.no_grad(), Traffic() as traffic:
-            run()
-        del result
-        bytes_saved = sum(saved.values())
-        found.append({"code": name, "moved": traffic.bytes / elements, "saved": bytes_saved / elements})
+    with FakeTensorMode(), norms_as_on_a_gpu():
+        arguments, runs = cases()
+        for name, run in runs.items():
+            with torch.no_grad(), Counting() as counting:
+                run()
+            with StorageLedger() as ledger:
+                ledger.exclude(*arguments)
+                graph = [result.grad_fn for result in run()]
+                saved = ledger.live
+            del graph
+            moved = counting.traffic.rest.total()
+            found.append({"code": name, "moved": moved / elements, "saved": saved / elements})
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,37 @@ def families_table(lines: list[Line]) -> str:
     return markdown(["folder in `configs`", "weights, billions", *(f"`{name}`" for name in PROFILES)], rows)
 
 
+def block_traffic_table(lines: list[Line]) -> str:
+    """Return a row for each kind of block and code, and for all blocks of the model; MB, and shares of eager."""
+    of_all: dict[str, Line] = {}
+    for line in lines:
+        total = of_all.setdefault(line["code"], {"blocks": 0, "saved": 0, "forward": Counter(), "backward": Counter()})
+        total["blocks"] += line["in_flux"]
+        total["saved"] += line["in_flux"] * line["saved"]
+        for way in ("forward", "backward"):
+            total[way].update({kind: line["in_flux"] * line[way][kind] for kind in ("products", "rest")})
+    found = [*lines, *({"block": f"all {of['blocks']}", "code": code, **of} for code, of in of_all.items())]
+    eager = {line["block"]: line for line in found if line["code"] == "eager"}
+    rows = []
+    for line in found:
+        rest, saved = _rest(line), line["saved"]
+        base = eager[line["block"]]
+        moved = [line["forward"]["rest"], line["backward"]["rest"], rest]
+        products = line["forward"]["products"] + line["backward"]["products"]
+        rows.append(
+            [
+                *(line["block"], line["code"], *(f"{size / 1e6:,.0f}" for size in moved), f"{rest / _rest(base):.2f}"),
+                *(f"{products / 1e6:,.0f}", f"{saved / 1e6:,.0f}", f"{saved / base['saved']:.2f}"),
+            ]
+        )
+    header = ["block", "code", "forward", "backward", "both", "of eager", "products, both", "saved", "of eager"]
+    return markdown(header, rows)
+
+
+def _rest(line: Line) -> int:
+    return int(line["forward"]["rest"] + line["backward"]["rest"])
+
+
 def _needs(line: Line | None) -> str:
     if line is None:
         return "-"
@@ -173,6 +205,7 @@ def _each(values: Any) -> str:
 TABLES = {
     "audit": audit_table,
     "bench": bench_table,
+    "block_traffic": block_traffic_table,
     "families": families_table,
     "gradient_agreement": gradient_agreement_table,
 }

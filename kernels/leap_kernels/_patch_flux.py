@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._patch_attention import Attend, halved, normed_and_turned, processor_sources, unless_normed
+from ._patch_linear import joined
 from ._patch_parts import bare, modulated, own_forward, unless_plain, with_residual, within_half
 from ._patch_rules import Rule, of_forward
 from .gelu_tanh import gelu_tanh
@@ -122,8 +123,9 @@ def single_block(
     normed, gate = self.norm(residual, emb=temb)
     forwarded = gelu_tanh(self.proj_mlp(normed))
     attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-    out = within_half(with_residual(residual, gate, self.proj_out(torch.cat([attended, forwarded], dim=2))))
-    return out[:, :length], out[:, length:]
+    out = within_half(with_residual(residual, gate, joined(self.proj_out, attended, forwarded)))
+    text, image = out.split_with_sizes([length, out.shape[1] - length], dim=1)
+    return text, image
 
 
 def _unless_gelu(module: Any) -> str | None:

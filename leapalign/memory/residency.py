@@ -69,8 +69,8 @@ def watched(watch: Callable[[Stage], contextlib.AbstractContextManager[None]]) -
         yield
 
 
-TRAFFIC: Counter[tuple[Stage, Literal["to_device", "to_host", "on_host"]]] = Counter()
-"""Bytes that went between host and device in each stage, or between the host's processor and its memory."""
+TRAFFIC: Counter[tuple[Stage, Literal["to_device", "to_host", "on_host", "on_device"]]] = Counter()
+"""Bytes that went between host and device in each stage, or between the processor of either and its memory."""
 
 
 def note_traffic(direction: Literal["to_device", "to_host"], size: int) -> None:
@@ -81,3 +81,8 @@ def note_traffic(direction: Literal["to_device", "to_host"], size: int) -> None:
 def note_host_work(size: int) -> None:
     """Adds ``size`` bytes, read and written by work on tensors in host memory, to the present stage's."""
     TRAFFIC[STAGE.get(), "on_host"] += size
+
+
+def note_device_work(size: int) -> None:
+    """Adds ``size`` bytes, read and written by work on tensors in the device's memory, to the present stage's."""
+    TRAFFIC[STAGE.get(), "on_device"] += size

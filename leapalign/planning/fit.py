@@ -104,10 +104,11 @@ def explanation(found: Simulation, probe: Peak, gpu_memory: int, config: Config)
         "",
         text_table(("stage", "GiB", "host, GiB", "of the device's, at that moment"), rows),
         "",
-        "Seconds an iteration, computed from FLOPs and bytes at a GPU's full rates, and of the host's work from bytes "
-        f"at {HOST_BANDWIDTH / 1e9:.0f} GB/s, not measured:",
+        "Seconds an iteration, computed and not measured: FLOPs of products and bytes that the rest moves in the "
+        "device's memory, one after the other, and transfers beside them, at a GPU's full rates; the host's work from "
+        f"bytes at {HOST_BANDWIDTH / 1e9:.0f} GB/s:",
         "",
-        text_table(("GPU", "stage", "compute", "transfer", "host", "transfer / compute"), _seconds(found)),
+        text_table(("GPU", "stage", "compute", "memory", "transfer", "host", "transfer / compute"), _seconds(found)),
     ]
     change = advice(found, gpu_memory, config)
     return "\n".join([*lines, *(["", f"To fit: {change}."] if change else [])])
@@ -124,5 +125,6 @@ def _seconds(found: Simulation) -> list[list[str]]:
         for name, seconds in step_seconds(found, gpu).items():
             compute, transfer = seconds["compute"], seconds["transfer"]
             ratio = f"{transfer / compute:.2f}" if compute and transfer else ""
-            rows.append([gpu, name, f"{compute:.1f}", f"{transfer:.1f}", f"{seconds['host']:.1f}", ratio])
+            parts = (f"{seconds[part]:.1f}" for part in ("compute", "memory", "transfer", "host"))
+            rows.append([gpu, name, *parts, ratio])
     return rows

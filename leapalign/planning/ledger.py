@@ -69,6 +69,10 @@ class StorageLedger(TorchDispatchMode):
     def peak(self) -> int:
         return max((peak.total for peak in self.device.peaks.values()), default=0)
 
+    def in_host_memory(self, tensor: Tensor) -> bool:
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return known is not None and known.side is self.host
+
     def exclude(self, *tensors: Tensor) -> None:
         """Storages that are not counted, or no more: operations may return views of them."""
         for tensor in tensors:

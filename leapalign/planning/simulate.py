@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,15 @@ from leapalign.config import Config
 from leapalign.memory.checkpointing import prepare_decoder
 from leapalign.memory.quantization import scales
 from leapalign.memory.repetition import run_by
-from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for, watched
+from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for, note_device_work, watched
 from leapalign.method_gradient import Objective
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.planning.between import between_iterations, count_watch_rewards
 from leapalign.planning.caching_allocator import Event, reserved
+from leapalign.planning.gpu_norms import NormsCounted
 from leapalign.planning.ledger import Peak, StorageLedger
 from leapalign.planning.model_skeleton import Skeleton, skeleton, skeleton_trainer
+from leapalign.planning.moved import COUNTED_AS, bytes_moved, is_product
 from leapalign.probe.climb import ascent
 from leapalign.reports.progress import progress
 from leapalign.rewards import simulated_reward
@@ -42,8 +44,20 @@ from leapalign.watch.watch import held_out_rewards
 ITERATION: tuple[Stage, ...] = ("rollout", "reward", "surrogate", "optimizer")
 BETWEEN: tuple[Stage, ...] = ("sampling", "watch", "saving")
 
-GPUS = {"RTX 4090": (150e12, 25e9), "H100": (989e12, 50e9)}
-"""Dense bfloat16 FLOP/s and bytes/s each way between host and device, to compute times with."""
+
+class Rates(NamedTuple):
+    """Of a GPU, by its data sheet."""
+
+    flops: float
+    """Dense, bfloat16, a second."""
+    transfer: float
+    """Bytes a second each way between host and device."""
+    memory: float
+    """Bytes a second of the device's memory."""
+
+
+GPUS = {"RTX 4090": Rates(150e12, 25e9, 1.008e12), "H100": Rates(989e12, 50e9, 3.35e12)}
+"""To compute times with."""
 HOST_BANDWIDTH = 100e9
 """Bytes/s between the host's processor and its memory: an assumption, half of what eight channels of DDR4 give."""
 
@@ -73,21 +87,14 @@ class Simulation:
         return max((peak.total for peak in self.host.values()), default=0)
 
 
-_COUNTED_AS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        torch.ops.aten._scaled_dot_product_flash_attention_backward
-    ),
-}
-"""Operations that PyTorch has no count of FLOPs for, and those that compute the same."""
-
-
 class Spectator(StorageLedger):
-    """Counts FLOPs by stage, too, and lets code that asks a fake tensor for its value go on with 1."""
+    """Counts FLOPs by stage, too, and bytes that other operations move on the device, and lets code that asks a fake
+    tensor for its value go on with 1."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops: Counter[Stage] = Counter()
+        self.norms = NormsCounted(note_device_work)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -97,11 +104,23 @@ class Spectator(StorageLedger):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        packet = func._overloadpacket
-        count = flop_registry.get(_COUNTED_AS.get(packet, packet))
-        if count is not None:
+        if is_product(func):
+            packet = func._overloadpacket
+            count = flop_registry[COUNTED_AS.get(packet, packet)]
             self.flops[STAGE.get()] += count(*args, **(kwargs or {}), out_val=result)
+        elif not self.norms.inside:
+            size = bytes_moved(func, args, kwargs or {}, result)
+            if size and self._on_device(result, *args):
+                note_device_work(size)
         return result
+
+    def _on_device(self, *values: Any) -> bool:
+        """Whether the first tensor of an operation is."""
+        for value in values:
+            first = value[0] if isinstance(value, (tuple, list)) and value else value
+            if isinstance(first, Tensor):
+                return not self.in_host_memory(first)
+        return False
 
 
 class _Replay:
@@ -142,7 +161,12 @@ def simulate(config: Config, iterate: Callable[[Trainer], Any] = Trainer.train_o
     """
     config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, attention="native"))
     ledger, mode = Spectator(), FakeTensorMode(allow_non_fake_inputs=True)
-    with progress("simulate, model", len(ITERATION), "stage") as bar, watched(_shown_on(bar)), ledger:
+    with (
+        progress("simulate, model", len(ITERATION), "stage") as bar,
+        watched(_shown_on(bar)),
+        ledger,
+        ledger.norms.counted(),
+    ):
         parts = skeleton(config, mode)
         _count_parts(ledger, parts)
         with mode:
@@ -219,13 +243,19 @@ def _count_frozen(ledger: StorageLedger, parts: Skeleton) -> None:
 
 
 def step_seconds(found: Simulation, gpu: str) -> dict[Stage, dict[str, float]]:
-    """Seconds that each stage would compute, and move bytes, on a GPU used to its full rate, and that the host would
-    work at `HOST_BANDWIDTH`: computed, not measured."""
-    rate, bandwidth = GPUS[gpu]
+    """Seconds that each stage takes on a GPU used to its full rates: computed, not measured.
+
+    compute: FLOPs of matrix products, convolutions and attention. memory: bytes that all other operations read and
+    write in the device's memory, each argument and result of each once. Kernels run one after the other, so the stage
+    takes both. transfer: bytes between host and device, which may go beside them. host: bytes of the host's own work,
+    at `HOST_BANDWIDTH`.
+    """
+    rates = GPUS[gpu]
     return {
         name: {
-            "compute": found.flops[name] / rate,
-            "transfer": max(found.traffic.get((name, way), 0.0) for way in ("to_device", "to_host")) / bandwidth,
+            "compute": found.flops[name] / rates.flops,
+            "memory": found.traffic.get((name, "on_device"), 0.0) / rates.memory,
+            "transfer": max(found.traffic.get((name, way), 0.0) for way in ("to_device", "to_host")) / rates.transfer,
             "host": found.traffic.get((name, "on_host"), 0.0) / HOST_BANDWIDTH,
         }
         for name in ITERATION

@@ -120,7 +120,7 @@ def test_host_memory_holds_what_leaves_the_device(parts: Path, tmp_path: Path) -
     held = host.host["optimizer"].by_role
     assert held["weights"] == size
     assert size < held["gradients"] < 1.5 * size, "the sums, and what gradients pass through"
-    assert {way for _, way in plain.traffic} == {"on_host"}, "the average"
+    assert {way for _, way in plain.traffic} == {"on_host", "on_device"}, "the average, and the model"
     assert host.traffic["surrogate", "to_host"] > 0
     assert streamed.traffic["rollout", "to_device"] > host.traffic.get(("rollout", "to_device"), 0)
 
@@ -138,7 +138,22 @@ def test_the_hosts_work_is_counted_by_hand(parts: Path, tmp_path: Path, ema: str
     assert found.traffic["optimizer", "on_host"] == pytest.approx((step + average) * count, rel=0.02)
     assert step_seconds(found, "H100")["optimizer"]["host"] == found.traffic["optimizer", "on_host"] / 100e9
     plain = simulate(config_of(parts, tmp_path, BYTES, f"ema.dtype={ema}"))
-    assert plain.traffic == {("optimizer", "on_host"): pytest.approx(average * count, rel=0.01)}
+    on_host = {key: size for key, size in plain.traffic.items() if key[1] == "on_host"}
+    assert on_host == {("optimizer", "on_host"): pytest.approx(average * count, rel=0.01)}
+    assert found.traffic["optimizer", "on_device"] == pytest.approx(2 * 4 * count, rel=0.01), "weights come back"
+    assert plain.traffic["optimizer", "on_device"] > 16 * count, "the step"
+
+
+def test_the_devices_work_is_what_no_product_does(parts: Path, tmp_path: Path) -> None:
+    small = ("train.batch_size=4", "samples.every=0")
+    plain, patched = (
+        simulate(config_of(parts, tmp_path, BYTES, *small, f"kernels.patch={on}")) for on in ("false", "true")
+    )
+    assert plain.flops == patched.flops
+    for stage in ("rollout", "surrogate"):
+        moved = [found.traffic[stage, "on_device"] for found in (plain, patched)]
+        assert moved[1] < 0.75 * moved[0]
+        assert step_seconds(plain, "H100")[stage]["memory"] == moved[0] / 3.35e12
 
 
 def test_command_says_what_fits_and_what_to_change(
