@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,20 @@ def test_from_a_folder_of_the_repository(wheels: dict[str, Path], tmp_path: Path
     install(python, wheel)
     assert wheel.name == wheels[KERNELS].name
     assert said(python, SUM) == "[2.0, 2.0, 2.0]"
+
+
+def test_tests_stay_in_the_repository(wheels: dict[str, Path], tmp_path: Path) -> None:
+    """Neither wheel installs them; the native library's own are sources that a build may ask for."""
+    for wheel in wheels.values():
+        with zipfile.ZipFile(wheel) as file:
+            assert not [name for name in file.namelist() if "test" in name]
+    build = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], check=True, cwd=ROOT / "kernels", capture_output=True)
+    (sources,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sources) as file:
+        inside = [name.partition("/")[2] for name in file.getnames()]
+    assert "leap_kernels/patch.py" in inside
+    assert not [name for name in inside if name.startswith("tests")]
 
 
 def test_it_needs_torch_alone(alone: Path) -> None:
