@@ -13,7 +13,10 @@ from leapalign.inputs.validation import UserError
 AVERAGE_SLOWER, STEP_SLOWER = 14, 190
 """How many times as long the reference takes for a weight average and a step of adamw_8bit: measured by
 ``benchmarks/without_native.py --threads 1`` on 16.8 million weights in bfloat16."""
-REMEDY = "install leapalign again where there is a C++ compiler, and `leapalign doctor` tells whether it worked"
+REMEDY = (
+    "install leapalign again where there are a C++ compiler and Python's headers, and `leapalign doctor` tells whether "
+    "it worked"
+)
 
 _log = logging.getLogger("leapalign")
 
