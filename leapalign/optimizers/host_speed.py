@@ -17,7 +17,10 @@ AVERAGE_SLOWER, STEP_SLOWER = 14, 190
 PATCHED_SLOWER = 1.3
 """How many times as long an iteration of the tiny model takes that is patched to the reference: measured on a CPU by
 ``LEAP_KERNELS=reference python benchmarks/patched_iteration.py``."""
-REMEDY = "install leapalign again where there is a C++ compiler, and `leapalign doctor` tells whether it worked"
+REMEDY = (
+    "install leapalign again where there are a C++ compiler and Python's headers, and `leapalign doctor` tells whether "
+    "it worked"
+)
 
 _log = logging.getLogger("leapalign")
 
