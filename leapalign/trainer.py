@@ -31,7 +31,7 @@ from leapalign.models.block_cache import cached_blocks, require_cache
 from leapalign.models.patching import patch_networks
 from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity, require_fit, undetached
-from leapalign.optimizers.host_speed import require_speed
+from leapalign.optimizers.host_speed import require_speed, warn_of_patch
 from leapalign.optimizers.optimizer import Optimizer
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.prompts.files import read_prompts
@@ -87,6 +87,7 @@ class Trainer:
         """
         method = get_method(**config.method)
         require_speed(config.memory)
+        warn_of_patch(config.kernels, training_device())
         prompts = read_prompts(Path(resolve(config.prompts.path)))
         rewards = reward_terms(config)
         model = load_model(config.model)

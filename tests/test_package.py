@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -50,7 +53,10 @@ def test_by_itself_with_a_compiler(tmp_path: Path) -> None:
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
     compiler.chmod(0o700)
     python = bare_python(tmp_path / "venv")
-    install(python, wheel_of(ROOT / "kernels", tmp_path, compiler=compiler))
+    wheel = wheel_of(ROOT / "kernels", tmp_path, compiler=compiler)
+    # One for every Python from 3.10 on.
+    assert "-cp310-abi3-" in wheel.name
+    install(python, wheel)
     code = "import leap_kernels as k, torch\nwith k.use_backend('native', strict=True):\n    "
     assert said(python, code + "print(k.ema_update_(torch.ones(2), torch.zeros(2), 0.5).tolist())") == "[0.5, 0.5]"
 
@@ -62,6 +68,20 @@ def test_from_a_folder_of_the_repository(wheels: dict[str, Path], tmp_path: Path
     install(python, wheel)
     assert wheel.name == wheels[KERNELS].name
     assert said(python, SUM) == "[2.0, 2.0, 2.0]"
+
+
+def test_tests_stay_in_the_repository(wheels: dict[str, Path], tmp_path: Path) -> None:
+    """Neither wheel installs them; the native library's own are sources that a build may ask for."""
+    for wheel in wheels.values():
+        with zipfile.ZipFile(wheel) as file:
+            assert not [name for name in file.namelist() if "test" in name]
+    build = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], check=True, cwd=ROOT / "kernels", capture_output=True)
+    (sources,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sources) as file:
+        inside = [name.partition("/")[2] for name in file.getnames()]
+    assert "leap_kernels/patch.py" in inside
+    assert not [name for name in inside if name.startswith("tests")]
 
 
 def test_it_needs_torch_alone(alone: Path) -> None:

@@ -60,6 +60,7 @@ class Setting:
 
 _BY_NAME = {name: Setting(name) for name in SETTINGS}
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NATIVE = ("auto", "native")
 _AUTOMATIC: dict[str, Backend] = {"cuda": "triton", "cpu": "native"}
 
 _override: ContextVar[Setting | None] = ContextVar("leap_kernels_backend", default=None)
@@ -145,6 +146,16 @@ def choose(op: Op, *tensors: Tensor) -> Backend:
     # A fallback that somebody asked not to have deserves a warning; the automatic choice only a note.
     _log_once(logging.INFO if setting.name == "auto" else logging.WARNING, message)
     return "reference"
+
+
+def native_library() -> Any:
+    """Return the native library where it takes tensors on the CPU under the current setting, unless an op has a reason.
+
+    None where it does not.
+    """
+    if (_override.get() or _of_the_process()).name in _NATIVE:
+        return _native.library()
+    return None
 
 
 def explain() -> list[Explanation]:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from ._dispatch import native_library
 from ._shards import Unit, on_parts, spread
 
 # A copy of this package under another name has ops of its own.
@@ -28,6 +30,7 @@ def define(
     backward: Callable[..., Any] | None = None,
     jvp: Callable[..., Any] | None = None,
     unit: Unit = "batch",
+    native: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Define an op that neither changes nor returns its arguments, and return a function that calls it.
 
@@ -41,11 +44,15 @@ def define(
         backward: returns the gradients, likewise.
         jvp: returns the forward-mode derivatives, likewise; compiled code has none.
         unit: what can be computed by itself, of tensors that are spread over processes.
+        native: what `run` would come to call for arguments that the native library calls plain.
     """
     op = _defined(signature, run, fake)
     name = signature.partition("(")[0]
 
     def compute(*arguments: Any) -> Any:
+        library = native_library()
+        if library is not None and library.plain(arguments):
+            return run(*arguments) if native is None else native(*arguments)
         if not _observed(arguments):
             return run(*arguments)
         return on_parts(name, unit, compute, arguments) if spread(arguments) else op(*arguments)
@@ -57,7 +64,7 @@ def define(
 
     def call(*arguments: Any) -> Any:
         # Compiled code takes the op as it is.
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return op(*arguments)
         return (with_gradients if torch.is_grad_enabled() else compute)(*arguments)
 
@@ -65,7 +72,12 @@ def define(
 
 
 def define_in_place(
-    signature: str, run: Callable[..., None], written: int = 1, unit: Unit = "batch"
+    signature: str,
+    run: Callable[..., None],
+    written: int = 1,
+    unit: Unit = "batch",
+    check: Callable[..., None] = lambda *_: None,
+    at_once: str = "",
 ) -> Callable[..., None]:
     """Define an op that returns nothing, and return a function that calls it.
 
@@ -74,14 +86,21 @@ def define_in_place(
         run: computes the op on real tensors.
         written: how many arguments, from the first on, it writes into.
         unit: as for `define`.
+        check: raises where arguments are wrong that `at_once` did not take.
+        at_once: a function of the native library that does all of it, and says whether it could.
     """
     op = _defined(signature, run, lambda *_: None)
     name = signature.partition("(")[0]
 
     def call(*arguments: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
+            check(*arguments)
             op(*arguments)
             return
+        library = native_library() if at_once else None
+        if library is not None and getattr(library, at_once)(arguments):
+            return
+        check(*arguments)
         if _observed(arguments):
             if spread(arguments):
                 on_parts(name, unit, call, arguments)

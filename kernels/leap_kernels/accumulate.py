@@ -69,7 +69,17 @@ def _run(total: Tensor, value: Tensor) -> None:
     put_back(whole, total)
 
 
-_add = define_in_place("accumulate_(Tensor(a!) total, Tensor value) -> ()", _run, unit="element")
+def _check(total: Tensor, value: Tensor) -> None:
+    if total.dtype not in FLOATS or value.dtype not in FLOATS:
+        raise ValueError(
+            f"accumulate_ takes float32, bfloat16, float16 and float64, not {value.dtype} into {total.dtype}."
+        )
+    check_writable("accumulate_", "total", total, "value", value)
+
+
+_add = define_in_place(
+    "accumulate_(Tensor(a!) total, Tensor value) -> ()", _run, unit="element", check=_check, at_once="accumulate"
+)
 
 
 def accumulate_(total: Tensor, value: Tensor) -> Tensor:
@@ -91,10 +101,5 @@ def accumulate_(total: Tensor, value: Tensor) -> Tensor:
         ValueError: on a wrong dtype, shape or device, or overlapping `total`.
         BackendUnavailable: in strict mode, if the backend asked for cannot run.
     """
-    if total.dtype not in FLOATS or value.dtype not in FLOATS:
-        raise ValueError(
-            f"accumulate_ takes float32, bfloat16, float16 and float64, not {value.dtype} into {total.dtype}."
-        )
-    check_writable("accumulate_", "total", total, "value", value)
     _add(total, value)
     return total

@@ -71,7 +71,21 @@ def _run(average: Tensor, weights: Tensor, decay: float) -> None:
     put_back(whole, average)
 
 
-_update = define_in_place("ema_update_(Tensor(a!) average, Tensor weights, float decay) -> ()", _run, unit="element")
+def _check(average: Tensor, weights: Tensor, decay: float) -> None:
+    if average.dtype not in FLOATS or weights.dtype not in FLOATS:
+        raise ValueError(
+            f"ema_update_ takes float32, bfloat16, float16 and float64, not {weights.dtype} into {average.dtype}."
+        )
+    check_writable("ema_update_", "average", average, "weights", weights)
+
+
+_update = define_in_place(
+    "ema_update_(Tensor(a!) average, Tensor weights, float decay) -> ()",
+    _run,
+    unit="element",
+    check=_check,
+    at_once="ema_update",
+)
 
 
 def ema_update_(average: Tensor, weights: Tensor, decay: float) -> Tensor:
@@ -94,11 +108,6 @@ def ema_update_(average: Tensor, weights: Tensor, decay: float) -> Tensor:
         ValueError: on a wrong dtype, shape, device or decay, or overlapping `average`.
         BackendUnavailable: in strict mode, if the backend asked for cannot run.
     """
-    if average.dtype not in FLOATS or weights.dtype not in FLOATS:
-        raise ValueError(
-            f"ema_update_ takes float32, bfloat16, float16 and float64, not {weights.dtype} into {average.dtype}."
-        )
-    check_writable("ema_update_", "average", average, "weights", weights)
     if not 0 <= decay <= 1:
         raise ValueError(f"ema_update_ needs a decay in [0, 1], not {decay}.")
     _update(average, weights, decay)

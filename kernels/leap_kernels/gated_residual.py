@@ -221,7 +221,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, grad_gate if needs_gate else None, grad_y if needs_y else None
 
 
-_gated = define("gated_residual(Tensor x, Tensor gate, Tensor y) -> Tensor", _run, _fake, _setup_context, _backward)
+_gated = define(
+    "gated_residual(Tensor x, Tensor gate, Tensor y) -> Tensor",
+    _run,
+    _fake,
+    _setup_context,
+    _backward,
+    native=native_forward,
+)
 
 
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
     return gradient
 
 
-_gelu = define("gelu_tanh(Tensor x) -> Tensor", _run, _fake, _setup_context, _backward)
+_gelu = define("gelu_tanh(Tensor x) -> Tensor", _run, _fake, _setup_context, _backward, native=native_forward)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -97,7 +97,8 @@ def native_backward(
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     """Return samples, channels, and places of a channel."""
-    return x.shape[0], x.shape[1], x.numel() // (x.shape[0] * x.shape[1])
+    batch, channels, *_ = x.shape
+    return batch, channels, x.numel() // (batch * channels)
 
 
 # ---- dispatch and autograd ---------------------------------------------------------------------------------
@@ -133,6 +134,14 @@ def _run(
     forward = _FORWARD[choose(_OP, *(tensor for tensor in (x, weight, bias) if tensor is not None))]
     last = _format(x) is torch.channels_last
     return forward(x, groups, _arithmetic(weight, x), _arithmetic(bias, x), eps, last)
+
+
+def _run_plain(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not x.is_contiguous():
+        return _run(x, groups, weight, bias, eps)
+    return native_forward(x, groups, _arithmetic(weight, x), _arithmetic(bias, x), eps, False)
 
 
 def _fake(
@@ -194,6 +203,7 @@ _norm_silu = define(
     _fake,
     _setup_context,
     _backward,
+    native=_run_plain,
 )
 
 

@@ -54,8 +54,9 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _output(gate: Tensor, up: Tensor | None) -> Tensor:
-    width = gate.shape[-1] if up is not None else gate.shape[-1] // 2
-    return gate.new_empty((*gate.shape[:-1], width))
+    if up is not None:
+        return torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return gate.new_empty((*gate.shape[:-1], gate.shape[-1] // 2))
 
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -166,31 +167,30 @@ def _block(width: int) -> int:
 # ---- native CPU code ---------------------------------------------------------------------------------------
 
 
-def _addresses(gate: Tensor, up: Tensor | None) -> tuple[int, int, int, int]:
-    """Return the addresses of gate and up, each followed by its row stride: no views, which cost more than a row."""
-    first, first_stride = gate.data_ptr(), row_stride(gate) or 0
+def _strided(gate: Tensor, up: Tensor | None) -> tuple[Tensor, int, Tensor | int, int]:
+    """Return gate and up, each followed by its row stride; of a packed tensor, up is an address: a view costs more."""
+    first, stride = _in_rows(gate)
     if up is None:
-        return first, first_stride, first + gate.shape[-1] // 2 * gate.element_size(), first_stride
-    return first, first_stride, up.data_ptr(), row_stride(up) or 0
+        return first, stride, first.data_ptr() + first.shape[-1] // 2 * first.element_size(), stride
+    return first, stride, *_in_rows(up)
 
 
 def native_forward(gate: Tensor, up: Tensor | None) -> Tensor:
     """Compute with native/activations.cpp; arguments and results as for `reference_forward`."""
-    gate, up = _in_rows(gate)[0], None if up is None else _in_rows(up)[0]
     out = _output(gate, up)
     width = out.shape[-1]
-    _native.call("leap_swiglu", *_addresses(gate, up), out, out.numel() // width, width, out.dtype)
+    _native.call("leap_swiglu", *_strided(gate, up), out, out.numel() // width, width, out.dtype)
     return out
 
 
 def native_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute with native/activations.cpp; arguments and results as for `reference_backward`."""
-    grad, gate, up = grad.contiguous(), _in_rows(gate)[0], None if up is None else _in_rows(up)[0]
+    grad = grad.contiguous()
     grads = _gradients_like(gate, up)
     width = grad.shape[-1]
-    to_gate, stride, to_up, _ = _addresses(grads[0], None if up is None else grads[1])
+    to_gate, stride, to_up, _ = _strided(grads[0], None if up is None else grads[1])
     _native.call(
-        *("leap_swiglu_backward", grad, *_addresses(gate, up), to_gate, to_up, stride),
+        *("leap_swiglu_backward", grad, *_strided(gate, up), to_gate, to_up, stride),
         *(grad.numel() // width, width, grad.dtype),
     )
     return grads
@@ -242,7 +242,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     return grad_gate, None if up is None else grad_up
 
 
-_swiglu = define("swiglu(Tensor gate, Tensor? up) -> Tensor", _run, _fake, _setup_context, _backward)
+_swiglu = define(
+    "swiglu(Tensor gate, Tensor? up) -> Tensor", _run, _fake, _setup_context, _backward, native=native_forward
+)
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -270,7 +272,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     if up is None:
         if gate.shape[-1] % 2:
             raise ValueError(f"swiglu of one tensor needs an even last dimension, not {tuple(gate.shape)}.")
-    elif (up.shape, up.dtype, up.device) != (gate.shape, gate.dtype, gate.device):
+    elif up.shape != gate.shape or up.dtype is not gate.dtype or up.device != gate.device:
         raise ValueError(
             f"swiglu needs gate and up alike, but gate is {gate.dtype} {tuple(gate.shape)} on {gate.device} and up is "
             f"{up.dtype} {tuple(up.shape)} on {up.device}."

@@ -6,6 +6,10 @@
 
 #include <cstdlib>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "calls.h"
 #include "lanes.h"
 #include "leap_native.h"
@@ -21,6 +25,24 @@ constexpr int64_t STREAMED_BYTES = int64_t{16} << 20;
 
 inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 inline int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
+
+// Calls work(begin, end) for parts of 0 to `count`, one for each thread. A single one is no team of OpenMP, which takes
+// as long to call together as a thousand elements.
+template <class Work>
+inline void in_parts(int64_t count, int64_t threads, Work work) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+      const int64_t members = omp_get_num_threads(), member = omp_get_thread_num();
+      work(count * member / members, count * (member + 1) / members);
+    }
+    return;
+  }
+#endif
+  (void)threads;
+  work(0, count);
+}
 
 struct Block {
   int64_t number, sample, begin, count;
@@ -43,13 +65,9 @@ class Blocks {
   template <class Work>
   void for_each(int64_t first, int64_t last, Work work) const {
     const int64_t most = (last - first) * size_.per_sample / ELEMENTS_PER_THREAD;
-    const int threads = static_cast<int>(larger(1, smaller(size_.threads, most)));
-    const int64_t begin = first * per_sample_, end = last * per_sample_;
-    (void)threads;  // unused without OpenMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static) nowait
-      for (int64_t block = begin; block < end; ++block) {
+    // Compiled once, for one thread and for several.
+    const auto part = [=, *this](int64_t begin, int64_t end) __attribute__((noinline)) {
+      for (int64_t block = first * per_sample_ + begin; block < first * per_sample_ + end; ++block) {
         const int64_t sample = block / per_sample_;
         const int64_t within = (block % per_sample_) * BLOCK;
         work(Block{block, sample, sample * size_.per_sample + within, smaller(BLOCK, size_.per_sample - within)});
@@ -58,7 +76,8 @@ class Blocks {
       // Streamed stores keep no order of their own; the other threads must find them.
       _mm_sfence();
 #endif
-    }
+    };
+    in_parts((last - first) * per_sample_, smaller(size_.threads, most), part);
   }
 
   template <class Work>

@@ -12,7 +12,7 @@
 
 #define LEAP_API extern "C" __attribute__((visibility("default")))
 
-// Changes whenever a signature below does; leap_kernels/_native.py refuses any other value.
+// Changes whenever a signature below or a function of python.cpp does; leap_kernels/_native.py refuses any other value.
 constexpr int32_t LEAP_ABI = 7;
 
 enum LeapDtype : int32_t { LEAP_FLOAT32 = 0, LEAP_BFLOAT16 = 1, LEAP_FLOAT16 = 2 };

@@ -20,10 +20,10 @@ inline int64_t steps_of(int64_t width) { return (width + STEP - 1) / STEP; }
 // Calls work(i) for all i below `count`, each of `elements` elements.
 template <class Work>
 inline void share(int64_t count, int64_t elements, int32_t most, Work work) {
-  const int threads = static_cast<int>(larger(1, smaller(most, count * elements / ELEMENTS_PER_THREAD)));
-  (void)threads;  // unused without OpenMP
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < count; ++i) work(i);
+  in_parts(count, smaller(most, count * elements / ELEMENTS_PER_THREAD),
+           [=](int64_t begin, int64_t end) __attribute__((noinline)) {
+             for (int64_t i = begin; i < end; ++i) work(i);
+           });
 }
 
 // Storage of tensors of one dtype, where no other takes part.

@@ -67,7 +67,11 @@ class NormsCounted:
     @property
     def inside(self) -> bool:
         """Whether a part of a norm runs, forward or backward."""
-        return self._inside
+        if self._inside or torch.is_grad_enabled():
+            return self._inside
+        # Sums of gradients between two nodes count as the first one's.
+        node: Any = torch._C._current_autograd_node()
+        return node is not None and _MARK in node.metadata
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -83,34 +87,28 @@ class NormsCounted:
                 out = on_a_cpu(x, shape, weight, eps)
             finally:
                 self._inside = False
-            if out.grad_fn is not None:
-                self._watch(out.grad_fn, x)
+            if weight is not None and out.grad_fn is not None:
+                self._watch(out.grad_fn, x, weight)
             return out
 
         with patch.object(functional, "rms_norm", norm):
             yield
 
-    def _watch(self, last: Any, x: Tensor) -> None:
-        """Has what was noted for a norm's gradients be noted as its ``last`` node begins, and no part of it counted."""
+    def _watch(self, last: Any, x: Tensor, weight: Tensor) -> None:
+        """Has the gradients of a norm be noted as the ``last`` of its nodes begins, and marks all that are its own."""
         size = 3 * x.nbytes + 4 * (x.numel() // x.shape[-1])
         last.register_prehook(lambda _: self._note(size))
-        nodes, seen = [last], {x.grad_fn, None}
+        nodes, seen = [last], {x.grad_fn, weight.grad_fn, None}
         while nodes:
             node = nodes.pop()
             if node in seen or node.name() == _LEAF:
                 continue
             seen.add(node)
-            node.register_prehook(self._begin)
-            node.register_hook(self._end)
+            node.metadata[_MARK] = True
             nodes += [before for before, _ in node.next_functions]
 
-    def _begin(self, _: Any) -> None:
-        self._inside = True
 
-    def _end(self, *_: Any) -> None:
-        self._inside = False
-
-
+_MARK = "part of a norm"
 _LEAF = "torch::autograd::AccumulateGrad"
 
 

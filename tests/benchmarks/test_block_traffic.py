@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from leap_kernels import gelu_tanh
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from benchmarks.block_traffic import Sizes, eager, launched
+from benchmarks.block_traffic import Counting, Sizes, eager, launched
 from benchmarks.fused_traffic import DEVICES, fused
 
 SMALL = Sizes(image=40, text=24, heads=2, head=16, axes=(4, 6, 6))
@@ -64,6 +65,9 @@ def test_a_copy_that_a_launcher_makes_counts() -> None:
         wide = torch.empty(8, 64, dtype=torch.bfloat16)
         assert launched("gelu_tanh", (wide,)) == 2 * wide.nbytes
         assert launched("gelu_tanh", (wide[:, :32],)) == 2 * wide.nbytes
+        with Counting() as counting:
+            gelu_tanh(wide[:, :32])
+        assert counting.traffic.rest == {"gelu_tanh": 2 * wide.nbytes}
 
 
 class _Two(nn.Module):

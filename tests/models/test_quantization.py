@@ -14,6 +14,7 @@ import pytest
 import torch
 from chat_folders import save_flux2_klein, save_z_image
 from diffusers import FluxTransformer2DModel
+from leap_kernels import patch
 from measured_iterations import measured
 from small_runs import config_of, make_parts, train, without_time
 from tiny_folders import save_qwen_image, save_stable_diffusion_3
@@ -161,6 +162,24 @@ def test_every_family_runs_beside_them(save: Callable[[Path], None], tmp_path: P
     assert reached[0] == reached[1] == reached[2] != []
     exact, four, eight = velocities
     assert 0 < (eight - exact).norm() < (four - exact).norm() < 0.2 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_same_where_blocks_are_patched(parts: Path, tmp_path: Path, kind: str) -> None:
+    """Blocks are recomputed, and go on to call the layers that were put in their place."""
+    asked = (RANK, f"model.quantization={kind}", "memory.checkpointing=blocks")
+    layers, called = set(), set()
+
+    def noted(model: nn.Module) -> None:
+        assert set(patch(model).left.values()) == {"it is patched already"}
+        for name, layer in quantized_layers(model):
+            layers.add(name)
+            layer.register_forward_hook(lambda *_, name=name: called.add(name))
+
+    plain = first_gradient(config_of(parts, tmp_path, *asked), lambda model: None)
+    patched = first_gradient(config_of(parts, tmp_path, *asked, "kernels.patch=true"), noted)
+    assert layers == called != set()
+    assert 0 < (patched - plain).norm() < 1e-4 * plain.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

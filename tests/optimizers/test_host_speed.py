@@ -8,11 +8,13 @@ from pathlib import Path
 
 import leap_kernels
 import pytest
+import torch
 from leap_kernels import _native
 
-from leapalign.config import MemoryConfig, config_from
+from leapalign import trainer
+from leapalign.config import KernelsConfig, MemoryConfig, config_from
 from leapalign.inputs.validation import UserError
-from leapalign.optimizers.host_speed import require_speed
+from leapalign.optimizers.host_speed import require_speed, warn_of_patch
 from leapalign.trainer import Trainer
 
 
@@ -62,3 +64,33 @@ def test_who_asks_for_the_reference_gets_it(monkeypatch: pytest.MonkeyPatch, cap
     with caplog.at_level(logging.WARNING, "leapalign"):
         require_speed(MemoryConfig(optimizer="host"))
     assert "adamw_8bit about 190 times" in caplog.text
+
+
+@pytest.mark.usefixtures("no_native_library")
+@pytest.mark.parametrize("patch", [False, True])
+def test_a_patch_to_plain_pytorch_is_told_before_anything_is_read(
+    patch: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "training_device", lambda: torch.device("cpu"))
+    config = config_from({"kernels": {"patch": patch}, "prompts": {"path": "/nowhere"}}, "test")
+    with caplog.at_level(logging.WARNING, "leapalign"), pytest.raises(UserError, match="/nowhere"):
+        Trainer.unencoded(config)
+    told = [record.getMessage() for record in caplog.records if "kernels.patch" in record.getMessage()]
+    assert len(told) == patch
+    for message in told:
+        assert "plain PyTorch here (the native library was not built" in message
+        assert "about 1.3 times as long" in message
+        assert "C++ compiler" in message
+
+
+@pytest.mark.parametrize(("backend", "told"), [("reference", 1), ("triton", 0)])
+def test_a_patch_on_a_gpu_without_triton_is_told(
+    backend: str, told: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choices = (
+        leap_kernels.Explanation("adaln_modulate", "cpu", "native", "it is there"),
+        leap_kernels.Explanation("adaln_modulate", "cuda", backend, "so it is"),
+    )
+    monkeypatch.setattr(leap_kernels, "explain", lambda: choices)
+    warn_of_patch(KernelsConfig(patch=True), torch.device("cuda"))
+    assert [("so it is" in text, "install triton" in text) for text in caplog.messages] == [(True, True)] * told

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leapalign.planning.gpu_norms import norms_as_on_a_gpu
+from leapalign.planning.gpu_norms import NormsCounted, norms_as_on_a_gpu
 from leapalign.planning.moved import bytes_moved, is_product
 
 ROWS, WIDTH = 6, 4
@@ -85,3 +85,28 @@ def test_a_norm_is_one_operation_each_way_on_a_gpu() -> None:
         with Moved() as moved:
             nn.RMSNorm(WIDTH, eps=1e-6, dtype=torch.bfloat16)(x)
         assert moved.total > 4 * ONE, "with a weight of another dtype it is many operations on a GPU, too"
+
+
+def test_a_norm_that_runs_in_parts_is_noted_as_on_a_gpu() -> None:
+    """With the operations around it, and none of its parts; vectors of weights are too small to note."""
+    noted: list[int] = []
+    norms = NormsCounted(noted.append)
+
+    class Outside(Moved):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if norms.inside:
+                return func(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    numbers = ROWS * 4
+    with FakeTensorMode(), norms.counted():
+        x, norm = torch.empty(ROWS, WIDTH, requires_grad=True), nn.RMSNorm(WIDTH, eps=1e-6)
+        with Outside() as outside:
+            out = norm(x * x) * 2
+        assert (noted, outside.total) == ([2 * ONE + numbers], 3 * ONE + 2 * ONE)
+        with Outside() as outside:
+            torch.autograd.grad(out, [x, norm.weight], torch.empty_like(out))
+        assert noted[1:] == [3 * ONE + numbers]
+        # The gradient times 2, then twice times x, and their sum.
+        assert outside.total == 2 * ONE + 2 * 3 * ONE + 3 * ONE
+        assert not norms.inside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.inputs.validation import UserError
+from leapalign.memory.host_rewards import HostReward
 from leapalign.memory.quantization import BLOCK
+from leapalign.reward_gradient import reward_gradient
 from leapalign.rewards import simulated_reward
 
 pytestmark = pytest.mark.bitsandbytes
@@ -48,6 +51,27 @@ def test_score_and_gradient_are_those_of_the_widened_weights(hpsv3_folder: Path,
     bound = 30 * 1024**0.5 * unit_roundoff(torch.float32)
     for one, reference, other in zip(scored(ours), scored(plain), before, strict=True):
         assert (one - reference).norm() < bound * reference.norm() < (other - reference).norm()
+
+
+def test_lent_from_the_host_it_is_the_same_to_the_bit(hpsv3_folder: Path, official_hpsv3: Official) -> None:
+    """Bytes are in host memory between scorings, and on the device their own copies."""
+    reward, latents = load(hpsv3_folder, quantization="int8"), torch.rand(2, 3, 64, 64)
+    expected = reward_gradient(torch.sigmoid, reward, latents, PROMPTS, chunk=1)
+    hosted = HostReward(reward, torch.device("cpu"))
+    home = {name: layer.weight.data_ptr() for name, layer in quantized(reward).items()}
+    seen = []
+
+    def scored(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen.extend(layer.weight.data_ptr() != home[name] for name, layer in quantized(reward).items())
+        return reward(images, prompts)
+
+    found = reward_gradient(torch.sigmoid, scored, latents, PROMPTS, chunk=1, lend=hosted.lent)
+    assert seen == [True] * 2 * len(home)
+    assert torch.equal(found.rewards, expected.rewards)
+    assert torch.equal(found.gradient, expected.gradient)
+    assert found.gradient.norm() > 0
+    assert {layer.weight.dtype for layer in quantized(reward).values()} == {torch.uint8}
+    assert {name: layer.weight.data_ptr() for name, layer in quantized(reward).items()} == home
 
 
 def test_a_simulation_counts_the_bytes() -> None:
