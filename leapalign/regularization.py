@@ -49,7 +49,8 @@ class BaseVelocityPenalty:
         wide = torch.promote_types(rollout.velocities.dtype, torch.float32)
         with made_for("latents"):
             apart = rollout.velocities.new_zeros((*plan.index.shape, *rollout.velocities.shape[2:]), dtype=wide)
-        parts = [(rows, columns) for rows, columns in map(torch.unbind, active.nonzero().T.split(batch, dim=1))]
+        entries = active.nonzero()
+        parts = [part.unbind(dim=1) for part in entries.split(batch)] if len(entries) else []
         for rows, columns in parts:
             apart[rows, columns] = rollout.velocities_of(plan.index[rows, columns], columns % batch).to(wide)
         with self.base():

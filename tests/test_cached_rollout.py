@@ -240,6 +240,7 @@ def test_compiled_blocks_are_left_out_alike(parts: Path, tmp_path: Path) -> None
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path) -> None:
     """Of a rollout that leaves nothing out, which takes the most."""
     asked = ("rollout.cache={name: first_block, threshold: 1e-9}", "train.batch_size=8")

@@ -71,6 +71,7 @@ def test_states_are_those_of_bitsandbytes(
     assert all(result[1].unique().numel() > min(100, size // 3) for result in results)
 
 
+@pytest.mark.slow
 @pytest.mark.bitsandbytes
 @by_backend
 def test_bytes_are_those_of_bitsandbytes_around_every_place_of_the_table(backend: str) -> None:

@@ -188,6 +188,7 @@ MUTANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_what_spoils_a_launcher_or_its_kernel_is_found(tmp_path: Path) -> None:
     """In copies of the package under names of their own."""

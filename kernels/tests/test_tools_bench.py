@@ -121,6 +121,7 @@ def test_variants_take_turns_and_warm_up_is_left_out() -> None:
     )
 
 
+@pytest.mark.slow
 def test_compiled_variant_runs_forward_and_backward() -> None:
     lines = bench.measure(CASE["euler_step"], "quick", SHAPE)
     compiled = [line for line in lines if line["variant"] == "compile"]

@@ -151,7 +151,9 @@ def test_no_library_speaks_and_no_code_is_fetched(tmp_path: Path) -> None:
     [
         ({}, "expandable_segments:True"),
         ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        pytest.param(
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_commands_choose_growing_segments_where_nobody_chose(own: dict[str, str], found: str) -> None:

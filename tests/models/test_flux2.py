@@ -106,6 +106,7 @@ def test_streamed_weights_train_as_resident_ones(klein: Path, tmp_path: Path) ->
     check_blocks_run_in_order(ModelConfig(path=str(klein), **SIZE))
 
 
+@pytest.mark.slow
 def test_simulated_peaks_are_the_real_ones(klein: Path, tmp_path: Path) -> None:
     checks.check_simulation(tmp_path, {"path": str(klein), "dtype": "bfloat16", **SIZE})
 

@@ -11,7 +11,6 @@ import torch
 from family_checks import write_config
 from small_models import small_flux, small_vae
 from small_runs import config_of
-from tiers import some_slow
 from tiny_folders import save_qwen_image, save_stable_diffusion_3
 from torch import Tensor
 from worlds import flux_embeddings, relative_difference
@@ -187,7 +186,8 @@ def test_selected_samples_keep_their_prompts(model, embeddings) -> None:
         torch.testing.assert_close(velocity.select(chosen)(x[chosen], sigma[chosen]), velocity(x, sigma)[chosen])
 
 
-@pytest.mark.parametrize(("family", "ratio"), some_slow([("linear", 2.0), ("norm preserving", 1.6)], [("linear", 2.0)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "ratio"), [("linear", 2.0), ("norm preserving", 1.6)])
 def test_a_simulation_shows_the_work_that_is_saved(family: str, ratio: float, tmp_path: Path) -> None:
     """With blocks recomputed a velocity and its backward take four forwards, two velocities' eight; of the negative
     prompt none is left where guidance is a weighted sum, and one where it is not: 8 / 4, and 8 / (4 + 1)."""

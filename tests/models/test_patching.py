@@ -44,6 +44,7 @@ def test_images_are_drawn_with_it(tmp_path: Path) -> None:
     assert not patch(model.decoder).replaced
 
 
+@pytest.mark.slow
 def test_a_simulation_needs_what_an_iteration_does(tmp_path: Path) -> None:
     config = config_of(tmp_path, True, train={"iterations": 1, "batch_size": 4})
     real, found = measured(config), simulate(config)

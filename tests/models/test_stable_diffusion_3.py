@@ -10,7 +10,6 @@ import family_checks as checks
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tiers import some_slow
 from tiny_folders import PROMPTS, TOKENS, save_stable_diffusion_3
 
 from leapalign.config import ModelConfig
@@ -85,7 +84,8 @@ def test_recomputing_keeps_the_gradients(folder: Path, scale: float) -> None:
     checks.check_recomputing(ModelConfig(path=str(folder), true_cfg_scale=scale, **SIZE))
 
 
-@pytest.mark.parametrize("dtype", some_slow(["float32", "bfloat16"], ["bfloat16"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_simulated_peaks_are_the_real_ones(folder: Path, tmp_path: Path, dtype: str) -> None:
     checks.check_simulation(tmp_path, {"path": str(folder), "dtype": dtype, **SIZE})
 

@@ -44,6 +44,7 @@ def asked(parts: Path) -> Config:
     return config_of(parts, parts / "run", BYTES, "rollout.num_steps=2", "rollout.batch_size=1", "train.microbatch=1")
 
 
+@pytest.mark.slow
 def test_plenty_of_memory_buys_the_fastest_of_everything(parts: Path) -> None:
     settings, config, found = fastest(asked(parts), 2**40)
     assert (config.memory.optimizer, config.memory.weights, config.memory.checkpointing) == (

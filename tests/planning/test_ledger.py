@@ -53,6 +53,7 @@ def test_staged_backward_needs_at_most_0_6_of_the_inline_graph() -> None:
     assert figures["gradient_difference"] <= 1e-5
 
 
+@pytest.mark.slow
 def test_ledger_peak_scales_with_the_batch() -> None:
     small, large = measure(batch_size=4), measure(batch_size=8)
     assert large["staged_bytes"] == pytest.approx(2 * small["staged_bytes"], rel=0.1)

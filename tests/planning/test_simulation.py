@@ -39,7 +39,7 @@ PAGE = 20 * 2**20
                 (FACTORS, HOSTED),
                 (MOMENTS, "plain"),
             ],
-            [(BYTES, "streamed, a sample at a time"), (FACTORS, HOSTED)],
+            [(BYTES, "streamed, a sample at a time")],
         ),
         pytest.param("optimizer.name=bnb_adamw_8bit", "plain", marks=pytest.mark.bitsandbytes),
     ],

@@ -72,6 +72,7 @@ def test_one_text_encoder_at_a_time(
     assert alive == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 def test_kill_loses_at_most_a_shard(tmp_path: Path, model: ModelConfig, capsys: pytest.CaptureFixture[str]) -> None:
     count, cache = 12 * SHARD_ROWS, tmp_path / "cache"

@@ -70,7 +70,7 @@ def test_lent_from_the_host_it_is_the_same_to_the_bit(hpsv3_folder: Path, offici
     assert torch.equal(found.rewards, expected.rewards)
     assert torch.equal(found.gradient, expected.gradient)
     assert found.gradient.norm() > 0
-    assert {layer.weight.dtype for layer in quantized(reward).values()} == {torch.uint8}
+    assert {layer.weight.dtype for layer in quantized(reward).values()} == {torch.int8}
     assert {name: layer.weight.data_ptr() for name, layer in quantized(reward).items()} == home
 
 

@@ -41,6 +41,7 @@ def test_records_beyond_the_checkpoint_are_dropped_even_when_nothing_is_watched_
         assert [record["iteration"] for record in read_watch(tmp_path)] == left
 
 
+@pytest.mark.slow
 @pytest.mark.posix
 def test_killed_around_a_measurement_the_run_is_the_same(parts: Path, tmp_path: Path) -> None:
     """In one, and as the base and each record is written: config, history, metrics and samples are renamed before."""
