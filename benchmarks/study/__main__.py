@@ -2,6 +2,7 @@
 
     python -m benchmarks.study run --workers 2     # goes on where it was; a training that was cut off begins again
     python -m benchmarks.study table               # what is known so far
+    python -m benchmarks.study page                # the same, written into docs/study.md
 
 A line of ``benchmarks/results/study.jsonl`` is a measurement. Learning rates first: an arm is compared when its own is
 chosen.
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.plan import Records, Study, Training, comparisons, is_done, validations
-from benchmarks.study.tables import tables
+from benchmarks.study.tables import filled, tables
 from benchmarks.study.training import all_measured, paper_units
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
+PAGE = Path(__file__).parents[2] / "docs" / "study.md"
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -67,15 +69,17 @@ def run(study: Study, workers: int, hours: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("command", choices=["run", "table", "page"])
     parser.add_argument("--workers", type=int, default=1, help="trainings at once, of one thread each")
     parser.add_argument("--hours", type=float, default=24.0, help="begin no training after so many")
     arguments = parser.parse_args()
     study = Study.read()
     if arguments.command == "run":
         run(study, arguments.workers, arguments.hours)
-    else:
+    elif arguments.command == "table":
         print(tables(study, read(RESULTS)))
+    else:
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), study, read(RESULTS)), encoding="utf-8")
 
 
 if __name__ == "__main__":

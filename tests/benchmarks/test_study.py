@@ -98,7 +98,7 @@ def test_what_was_cut_off_begins_again_and_what_is_done_does_not() -> None:
 
 def test_a_training_is_measured_at_both_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the results are a table."""
-    study = dataclasses.replace(STUDY, rates=[1e-4], seeds=[0], arms={"b": STUDY.arms["b"]})
+    study = dataclasses.replace(STUDY, paper="b", rates=[1e-4], seeds=[0], arms={"b": STUDY.arms["b"]})
     (training,) = validations(study, "b")
     found = list(measured(study, training, budget=3 * 8 * (4 + 4)))
     assert [(one["at"], one["iteration"], one["units"]) for one in found] == [
@@ -114,8 +114,8 @@ def test_a_training_is_measured_at_both_budgets(tmp_path: Path, monkeypatch: pyt
     lines = [*found, *({**one, **comparisons(study, "b", found)[0].to_json()} for one in found)]
     results.write_text("".join(json.dumps(one) + "\n" for one in lines))
     text = tables(study, command.read(results))
-    assert text.count("\nb ") == 3
-    assert "at equal forward units" in text
+    assert text.count("\n| b |") == 2
+    assert "At equal forward units" in text
 
 
 def test_the_paper_s_sampler_has_the_marginals_of_the_flow() -> None:
