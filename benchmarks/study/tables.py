@@ -20,7 +20,11 @@ FIGURES = {
     "diversity": "diversity",
 }
 COMPARED = ("reward", "held_out_reward", "exact", "diversity")
-BUDGETS = {"rollouts": "At equal rollouts", "units": "At equal forward units"}
+BUDGETS = {
+    "rollouts": "At equal rollouts",
+    "units": "At equal forward units",
+    "half units": "At half the forward units, beside the paper's recipe with all of its own",
+}
 PLACE = re.compile(r"<!-- study -->\n.*<!-- end of study -->", re.S)
 
 Lines = Mapping[int, Mapping[str, Any]]
@@ -39,8 +43,9 @@ def tables(study: Study, records: Records) -> str:
         found = {arm: measured(study, records, arm, at) for arm in study.arms}
         base = measured(study, records, study.paper, "start")
         parts.append(f"### {title}\n\n{_means(study, records, {'before training': base, **found})}")
+        paper = measured(study, records, study.paper, "rollouts")
         others = {arm: lines for arm, lines in found.items() if arm != study.paper}
-        parts.append(f"Less that of `{study.paper}`, seed by seed:\n\n{_differences(others, found[study.paper])}")
+        parts.append(f"Less that of `{study.paper}` at its end, seed by seed:\n\n{_differences(others, paper)}")
     return "\n\n".join(parts)
 
 

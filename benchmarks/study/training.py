@@ -35,7 +35,7 @@ def trainer_of(study: Study, training: Training) -> Trainer:
 
 def measured(study: Study, training: Training, budget: float) -> Iterator[dict[str, Any]]:
     """Trains, and yields what is measured: at the "start", at "half" and all of its "rollouts", and where the forward
-    "units" reach ``budget``, those of the paper's recipe. Seconds are those of training alone."""
+    units reach "half units" and all "units" of ``budget``, the paper's recipe's. Seconds are those of training alone."""
     trainer = trainer_of(study, training)
     held_out = Measurement(training, trainer)
     units, seconds = Units(trainer.model.transformer), 0.0
@@ -49,7 +49,7 @@ def measured(study: Study, training: Training, budget: float) -> Iterator[dict[s
         seconds += time.perf_counter() - started
         counted = units.total
         if trainer.iteration == 1:
-            due["units"] = max(round(budget / counted), 1)
+            due |= {"half units": max(round(budget / 2 / counted), 1), "units": max(round(budget / counted), 1)}
         at = [name for name, iteration in due.items() if iteration == trainer.iteration]
         if at:
             done = trainer.iteration == max(due.values())

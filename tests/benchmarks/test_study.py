@@ -104,7 +104,7 @@ def test_a_training_is_measured_at_both_budgets(tmp_path: Path, monkeypatch: pyt
     assert [(one["at"], one["iteration"], one["units"]) for one in found] == [
         (["start"], 0, 0),
         (["half"], 1, pytest.approx(64)),
-        (["rollouts"], 2, pytest.approx(128)),
+        (["rollouts", "half units"], 2, pytest.approx(128)),
         (["units"], 3, pytest.approx(192)),
     ]
     assert [one["done"] for one in found] == [False, False, False, True]
@@ -114,7 +114,7 @@ def test_a_training_is_measured_at_both_budgets(tmp_path: Path, monkeypatch: pyt
     lines = [*found, *({**one, **comparisons(study, "b", found)[0].to_json()} for one in found)]
     results.write_text("".join(json.dumps(one) + "\n" for one in lines))
     text = tables(study, command.read(results))
-    assert text.count("\n| b |") == 2
+    assert text.count("\n| b |") == 3
     assert "At equal forward units" in text
 
 

@@ -64,6 +64,7 @@ PARSED_ONLY = {
     "python -m benchmarks.gpu_report": "needs a GPU; tests/benchmarks has it",
     "python -m benchmarks.block_traffic": "half a minute; tests/benchmarks has it",
     "python -m benchmarks.norm_traffic": "tests/benchmarks has it",
+    "python -m benchmarks.study": "hours; tests/benchmarks has it",
     "python benchmarks/tiny_study.py": "the demo, three times",
     "python benchmarks/families.py": "minutes of simulations; tests/planning has them",
     "python benchmarks/activation_memory.py": "tests/planning has it",
