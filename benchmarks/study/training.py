@@ -35,7 +35,7 @@ def trainer_of(study: Study, training: Training) -> Trainer:
 
 def measured(study: Study, training: Training, budget: float) -> Iterator[dict[str, Any]]:
     """Trains, and yields what is measured: at the "start", at "half" and all of its "rollouts", and where the forward
-    units reach "half units" and all "units" of ``budget``, the paper's recipe's. Seconds are those of training alone."""
+    units reach "half units" and all "units" of ``budget`` of the recipe. Seconds are of training alone."""
     trainer = trainer_of(study, training)
     held_out = Measurement(training, trainer)
     units, seconds = Units(trainer.model.transformer), 0.0
