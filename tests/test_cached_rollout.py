@@ -20,6 +20,7 @@ from worlds import flux_embeddings, relative_difference
 from leapalign.cached_rollout import CachedRollout
 from leapalign.cli import main
 from leapalign.config import CacheConfig, ModelConfig, RolloutConfig, save_config
+from leapalign.inputs.validation import UserError
 from leapalign.method_gradient import Objective, method_backward
 from leapalign.methods import METHODS, get_method
 from leapalign.models import encode_prompts, load_model
@@ -248,6 +249,11 @@ def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path) -> None:
     real, simulated = measured(config), simulate(config)
     for name in ("rollout", "reward", "surrogate", "optimizer"):
         assert simulated.device[name].total == pytest.approx(real.device.peaks[name].total, rel=0.005), name
+
+
+def test_an_unknown_key_is_refused(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown key 'rollout\.cache\.treshold'; did you mean 'threshold'"):
+        config_of(parts, tmp_path, "rollout.cache={name: first_block, treshold: 0.2}")
 
 
 def test_a_model_that_has_no_cache_is_refused_at_once(

@@ -121,7 +121,8 @@ def single_block(
     length = encoder_hidden_states.shape[1]
     residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     normed, gate = self.norm(residual, emb=temb)
-    forwarded = gelu_tanh(self.proj_mlp(normed))
+    projected = self.proj_mlp(normed)
+    forwarded = gelu_tanh(projected) if _unless_gelu(self) is None else self.act_mlp(projected)
     attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
     out = within_half(with_residual(residual, gate, joined(self.proj_out, attended, forwarded)))
     text, image = out.split_with_sizes([length, out.shape[1] - length], dim=1)

@@ -57,8 +57,8 @@ def _rows(x: Tensor) -> Tensor:
 def joined(linear: Any, a: Tensor, b: Tensor) -> Tensor:
     """Return `linear(torch.cat([a, b], dim=-1))` for a (B, S, A) and b (B, S, B), with gradients to all, once.
 
-    A layer that is not PyTorch's own, or has hooks, is called as it is, and so is it where dtypes are mixed; a
-    compiler fuses the copy by itself.
+    A layer that is not PyTorch's own, or has hooks, is called as it is, and so is it where dtypes are mixed and
+    under transforms of `torch.func`; a compiler fuses the copy by itself.
     """
     if _plain(linear, a, b):
         result: Tensor = _Joined.apply(a, b, linear.weight, linear.bias)
@@ -67,12 +67,18 @@ def joined(linear: Any, a: Tensor, b: Tensor) -> Tensor:
     return whole
 
 
+def _autocast(device: str) -> bool:
+    # Of some devices, as of meta, PyTorch would not answer.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _plain(linear: Any, a: Tensor, b: Tensor) -> bool:
     return (
         type(linear) is nn.Linear
         and bare(linear)
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
         and a.dtype == b.dtype == linear.weight.dtype
-        and not torch.is_autocast_enabled(a.device.type)
+        and not _autocast(a.device.type)
         and not hasattr(linear.weight, "placements")  # Spread over processes, as DTensor is.
     )

@@ -55,7 +55,14 @@ def patch(model: nn.Module) -> Patch:
     before. Results differ by rounding: an op rounds once where PyTorch rounds after every operation.
 
     Modules are patched once; a second `patch` leaves them as they are and says so.
+
+    Raises:
+        TypeError: if `model` is no module: of a pipeline, its transformer and its autoencoder are.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"patch takes a module, such as pipeline.transformer or pipeline.vae, not {type(model).__name__}."
+        )
     done = Patch({}, {})
     for name, module in model.named_modules():
         for rule in _rules_of(module):

@@ -201,6 +201,42 @@ def test_hooks_that_come_after_patch_are_called() -> None:
     assert len(seen) == 3
 
 
+def test_a_single_block_s_activation_is_looked_at_in_each_call() -> None:
+    case = CASES["flux"]
+    model = case.model()
+    patch(model)
+    inputs = case.drawn(torch.float64)
+    before, block = outputs(model, inputs), model.single_transformer_blocks[0]
+    block.act_mlp.register_forward_hook(lambda module, given, output: 0 * output)
+    hooked = outputs(model, inputs)
+    assert not torch.equal(hooked, before)
+    block.act_mlp = nn.ReLU()
+    assert not torch.equal(outputs(model, inputs), hooked)
+
+
+def test_models_on_meta_and_under_transforms_run() -> None:
+    case = CASES["flux"]
+    model, inputs = case.model(), case.drawn(torch.float64)
+    patch(model)
+    values = dict(model.named_parameters())
+
+    def total(values: dict[str, Any]) -> Any:
+        return torch.func.functional_call(model, values, kwargs=inputs)[0].sum()
+
+    gradients = torch.func.grad(total)(values)
+    expected = torch.autograd.grad(total(values), list(values.values()), allow_unused=True)
+    for name, wanted in zip(values, expected, strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(gradients[name], wanted, rtol=1e-9, atol=1e-9)
+    meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    assert outputs(model.to("meta"), meta).device.type == "meta"
+
+
+def test_what_is_no_module_is_told() -> None:
+    with pytest.raises(TypeError, match=r"patch takes a module, such as pipeline\.transformer .*, not object"):
+        patch(object())
+
+
 def test_processors_and_fused_projections_that_come_after_patch_count() -> None:
     case = CASES["flux"]
     model = case.model()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -68,14 +68,16 @@ def validated(
 def _refuse_unknown_keys(
     cls: type[Any], values: Mapping[str, Any], where: str, known_as: Callable[[str], str | None], section: str = ""
 ) -> None:
-    fields = {field.name: field.default_factory for field in dataclasses.fields(cls)}
+    fields = get_type_hints(cls)
     for key, value in values.items():
         if key not in fields:
             known = known_as(str(key))
             advice = f"; {known}" if known else did_you_mean(str(key), fields)
             raise UserError(f"{where}: unknown key '{section}{shortened(str(key))}'{advice}")
-        if dataclasses.is_dataclass(fields[key]) and isinstance(value, Mapping):
-            _refuse_unknown_keys(cast(type[Any], fields[key]), value, where, known_as, f"{section}{key}.")
+        # A section, or one that may be left out.
+        inner = next(filter(dataclasses.is_dataclass, (fields[key], *get_args(fields[key]))), None)
+        if inner is not None and isinstance(value, Mapping):
+            _refuse_unknown_keys(cast(type[Any], inner), value, where, known_as, f"{section}{key}.")
 
 
 def _sentence(error: ValidationError) -> str:

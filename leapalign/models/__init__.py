@@ -92,13 +92,16 @@ def family_of(path: str) -> Family:
     return FAMILIES[name]
 
 
-def encode_prompts(config: ModelConfig, prompts: Sequence[str], what: str = "prompts") -> Any:
+def encode_prompts(
+    config: ModelConfig, prompts: Sequence[str], what: str = "prompts", quantization: str | None = None
+) -> Any:
     """Embeddings of ``prompts``, indexable by sample, by the text encoders of the model that ``config`` names.
 
     With those of the negative prompt, where ``config`` asks for classifier-free guidance. Warns of those that a text
-    encoder cuts, naming them ``what``. Raises UserError where there are no text encoders.
+    encoder cuts, naming them ``what``. quantization: as of `text_encoders`. Raises UserError where there are no text
+    encoders.
     """
-    embeddings = _encoded(config, [*prompts, *negative_prompts(config)], what)
+    embeddings = _encoded(config, [*prompts, *negative_prompts(config)], what, quantization)
     return guided(config, embeddings[: len(prompts)], embeddings[len(prompts) :])
 
 
@@ -142,10 +145,10 @@ def encoded(encode: TextEncoder, prompts: Sequence[str]) -> Iterator[PromptEmbed
         yield PromptEmbeddings(encode(prompts[start : start + ENCODED_AT_ONCE])).to(torch.device("cpu"))
 
 
-def _encoded(config: ModelConfig, prompts: Sequence[str], what: str) -> PromptEmbeddings:
+def _encoded(config: ModelConfig, prompts: Sequence[str], what: str, quantization: str | None) -> PromptEmbeddings:
     parts: dict[str, torch.Tensor] = {}
     number = 0
-    for encode in text_encoders(config, torch.device("cpu")):
+    for encode in text_encoders(config, torch.device("cpu"), quantization):
         number += 1  # noqa: SIM113 -- `enumerate` would keep the encoder while the next one is loaded
         name = f"text encoder {number}"
         warn_of_cut([(name, encode)], lambda: prompts, what)

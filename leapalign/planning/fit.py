@@ -62,6 +62,8 @@ def advice(found: Simulation, gpu_memory: int, config: Config) -> str | None:
     """The setting to change first, None where the configuration fits."""
     if fits(found, gpu_memory):
         return None
+    if allowance(gpu_memory) >= gpu_memory:
+        return f"take another card: driver, context and libraries alone need {gib(allowance(gpu_memory))} GiB"
     name, peak = max(found.device.items(), key=lambda e: e[1].total)
     return change(name, peak.by_role, config)
 

@@ -28,6 +28,7 @@ from leapalign.memory.quantization import scales
 from leapalign.memory.repetition import run_by
 from leapalign.memory.residency import STAGE, TRAFFIC, Role, Stage, made_for, note_device_work, watched
 from leapalign.method_gradient import Objective
+from leapalign.models.patching import patch_networks
 from leapalign.models.velocity import GuidedEmbeddings
 from leapalign.planning.between import between_iterations, count_watch_rewards
 from leapalign.planning.caching_allocator import Event, reserved
@@ -209,6 +210,7 @@ def simulate_probe(config: Config) -> Peak:
         parts = skeleton(config, mode)
         with ledger, run_by(_Replay(mode, ledger)):
             _count_frozen(ledger, parts)
+            patch_networks(parts.model, config.kernels)
             prepare_decoder(parts.model.decoder, config.memory)
             objective = Objective.of(config, parts.model.decode, parts.rewards)
             size = min(config.rollout.batch_size, len(parts.embeddings))

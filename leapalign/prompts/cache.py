@@ -146,7 +146,8 @@ class PromptCache:
 
     def begin(self, config: ModelConfig, dtype: str, quantization: str | None) -> Manifest:
         """The manifest of a folder to be filled by text encoders of so many bits, a new one where there is none yet."""
-        if self.is_begun():
+        # Where its first text encoder could not run it is as good as new.
+        if self.is_begun() and any((self.folder / SHARDS).glob("*.safetensors")):
             manifest = self.manifest(config)
             if manifest.dtype != dtype:
                 raise UserError(

@@ -96,11 +96,18 @@ def embeddings_of(config: Config, prompts: Sequence[str], what: str = "prompts")
 
 
 def embeddings_to_sample(config: Config, prompts: Sequence[str]) -> Any:
-    """`embeddings_of`; prompts that the cache lacks are encoded, where the model has its text encoders."""
+    """`embeddings_of`; where the cache lacks some all are encoded, by text encoders of as many bits as the cache's, if
+    the model has them."""
     try:
         return embeddings_of(config, prompts)
     except MissingPrompts as missing:
         try:
-            return encode_prompts(config.model, prompts)
+            return encode_prompts(config.model, prompts, quantization=_quantization(config))
         except UserError:
             raise missing from None
+
+
+def _quantization(config: Config) -> str | None:
+    """Of the text encoders that filled the cache."""
+    assert config.prompts.cache is not None, "prompts are missing from it"
+    return PromptCache(Path(config.prompts.cache)).manifest(config.model).quantization

@@ -16,9 +16,11 @@ from tiny_folders import save_flux, save_qwen_image, save_stable_diffusion_3
 from torch import Tensor, nn
 
 from leapalign.cli import main
-from leapalign.config import ModelConfig
+from leapalign.config import Config, ModelConfig, PromptsConfig
 from leapalign.memory.quantization import BLOCK
 from leapalign.models import encoded, text_encoders
+from leapalign.prompts.embeddings import embeddings_to_sample
+from leapalign.prompts.filling import fill_cache
 
 pytestmark = pytest.mark.bitsandbytes
 
@@ -112,3 +114,19 @@ def test_encoders_without_a_matrix_to_round_are_told(tmp_path: Path, capsys: pyt
     command = ["cache", "--config", "tiny", f"model.path={tmp_path / 'model'}", "--output", str(tmp_path / "cache")]
     assert main([*command, "--quantization", "int8"]) == 2
     assert "do without --quantization" in capsys.readouterr().err
+    assert main(command) == 0, "what was refused holds no folder"
+
+
+def test_prompts_that_a_cache_lacks_are_encoded_alike(tmp_path: Path) -> None:
+    save_flux(tmp_path / "model")
+    for folder in encoder_folders(tmp_path / "model"):
+        rewrite(folder)
+    model = ModelConfig(path=str(tmp_path / "model"))
+    cache = tmp_path / "cache"
+    fill_cache(cache, model, write(tmp_path / "prompts.txt", PROMPTS), CPU, "int8")
+    config = Config(model=model, prompts=PromptsConfig(cache=str(cache)))
+    found = embeddings_to_sample(config, [*PROMPTS, "another"])
+    rounded = embeddings(tmp_path / "model", "int8")
+    for name, part in rounded.items():
+        torch.testing.assert_close(found[:2].parts[name], part)
+        assert not torch.equal(part, embeddings(tmp_path / "model")[name])
