@@ -173,7 +173,8 @@ def test_after_memory_that_cannot_be_pinned_the_gpu_works_on(monkeypatch: pytest
     assert float(torch.ones(3, device="cuda").sum()) == 3
 
 
-@pytest.mark.parametrize("place", [pytest.param((), marks=pytest.mark.slow), STREAMED])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [(), STREAMED])
 def test_peaks_are_the_simulated_ones(
     parts: Path, tmp_path: Path, device: torch.device, place: tuple[str, ...]
 ) -> None:

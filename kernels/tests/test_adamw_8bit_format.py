@@ -94,6 +94,7 @@ def test_bytes_are_those_of_bitsandbytes_around_every_place_of_the_table(backend
     assert results[0][1].unique().numel() == 249
 
 
+@pytest.mark.slow
 @pytest.mark.bitsandbytes
 @by_backend
 @given(words=st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=300), scale=st.sampled_from([1.0, 1e-30]))

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -159,21 +158,16 @@ def test_blocks_are_measured_in_three_columns(monkeypatch: pytest.MonkeyPatch) -
     assert "| block | pass | eager, ms | compile, ms | patched, ms |" in page
 
 
-@pytest.mark.parametrize("models", [(), pytest.param(gpu_report.MODELS, marks=pytest.mark.slow)], ids=["steps", "all"])
-def test_a_dry_run_goes_through_every_part(tmp_path: Path, models: Collection[str]) -> None:
-    """But for the blocks of models, which take longest and are measured above."""
+@pytest.mark.slow
+def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--dry-run", "--output", output]
-    left_out = {f"blocks_{name}" for name in gpu_report.MODELS if name not in models}
-    if left_out:
-        asked = gpu_report.parts(CPU, gpu_report.PROFILE, output, dry=True)
-        command += ["--parts", *(name for name in asked if name not in left_out)]
     done = subprocess.run(command, cwd=gpu_report.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert report.pop("about")["device"] == gpu_report.DRY
     tiny = [f"tiny_{place}" for place in gpu_report.PLACES]
-    blocks = [f"blocks_{name}" for name in models]
+    blocks = [f"blocks_{name}" for name in gpu_report.MODELS]
     assert list(report) == ["machine", "tests", "bandwidth", *tiny, "large", *blocks, "kernels"]
     assert {name: part.get("failed") for name, part in report.items()} == dict.fromkeys(report)
     assert report["machine"]["result"]["devices"] == ["cpu"]
@@ -183,7 +177,7 @@ def test_a_dry_run_goes_through_every_part(tmp_path: Path, models: Collection[st
         assert set(report[name]["result"]["seconds"]) == {"rollout", "reward", "surrogate", "optimizer"}
     for name in blocks:
         assert all(line["ops"] for line in report[name]["result"])
-    assert not models or len(report["blocks_flux1"]["result"]) == 2
+    assert len(report["blocks_flux1"]["result"]) == 2
     assert {line["op"] for line in report["kernels"]["result"]} == {"ema_update_"}
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.tests.log", "report.kernels.log"}
     assert "no figure here is a GPU's" in done.stdout

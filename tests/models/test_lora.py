@@ -97,7 +97,8 @@ def test_frozen_weights_stream(parts: Path, tmp_path: Path) -> None:
     assert weights[1] < 0.75 * weights[0]
 
 
-@pytest.mark.parametrize("places", [pytest.param((), marks=pytest.mark.slow), STREAMED])
+@pytest.mark.slow
+@pytest.mark.parametrize("places", [(), STREAMED])
 def test_simulated_peaks_are_the_real_ones(parts: Path, tmp_path: Path, places: tuple[str, ...]) -> None:
     config: Config = config_of(parts, tmp_path, RANK, "train.batch_size=8", *places)
     real, found = measured(config), simulate(config)

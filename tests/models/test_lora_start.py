@@ -90,6 +90,7 @@ def test_without_alpha_the_scale_is_one(parts: Path) -> None:
         assert {m.scaling["default"] for m in model.modules() if hasattr(m, "scaling")} == {1.0}
 
 
+@pytest.mark.slow
 def test_a_run_starts_where_another_ended(parts: Path, trained: Config, tmp_path: Path) -> None:
     """Rank, alpha and layers are the file's, in either layout; simulated without it being trained."""
     adapter = adapter_of(trained)

@@ -91,6 +91,7 @@ def test_other_pipelines_are_linear(save: Callable[[Path], None], tmp_path: Path
         assert torch.equal(model.sigmas(steps, "pipeline"), model.sigmas(steps, "linear"))
 
 
+@pytest.mark.slow
 def test_every_command_takes_the_spacing_of_the_rollout(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

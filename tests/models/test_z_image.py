@@ -107,6 +107,7 @@ def test_streamed_weights_train_as_resident_ones(folder: Path, tmp_path: Path) -
     check_blocks_run_in_order(ModelConfig(path=str(folder), **SIZE))
 
 
+@pytest.mark.slow
 def test_simulated_peaks_are_the_real_ones(folder: Path, tmp_path: Path) -> None:
     checks.check_simulation(tmp_path, {"path": str(folder), "dtype": "bfloat16", **SIZE})
 

@@ -85,6 +85,7 @@ def applied(config: Config, *settings: str) -> Config:
     return validated(Config, override(dataclasses.asdict(config), settings), "test")
 
 
+@pytest.mark.slow
 def test_the_command_prints_settings_that_can_be_pasted(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

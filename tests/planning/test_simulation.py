@@ -172,6 +172,8 @@ def test_command_says_what_fits_and_what_to_change(
     assert max(stage["device_peak_bytes"] for stage in found["stages"].values()) == found["device_peak_bytes"]
     assert found["flops"]["surrogate"] > found["flops"]["optimizer"]
     assert cli.main([*asked, "--gpu-memory", "1MB"]) == 0
+    assert "To fit: take another card: driver, context and libraries alone need 1.12 GiB" in capsys.readouterr().out
+    assert cli.main([*asked, "--gpu-memory", "1.15GiB"]) == 0
     printed = capsys.readouterr().out
     assert "does not fit" in printed
     assert "To fit: set train.reward_chunk to 1: the reward stage is the largest" in printed
