@@ -61,7 +61,7 @@ def run(study: Study, workers: int, hours: float) -> None:
                 last = lines[-1]
                 print(
                     f"{training.arm}, rate {training.rate:g}, seed {training.seed}: reward {last['reward']:.3f}, "
-                    f"held out {last['held_out_reward']:.3f}, exact {last['exact']:.3f}, {last['seconds']:.0f} s; "
+                    f"held out {last['held_out_reward']:.3f}, exact {last['exact']:.3f}, {last['cpu_seconds']:.0f} s; "
                     f"{len(wanted(study, records))} known to be left",
                     flush=True,
                 )

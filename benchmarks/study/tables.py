@@ -59,14 +59,15 @@ def _means(study: Study, records: Records, found: Mapping[str, Lines]) -> str:
     rows = []
     for arm, lines in found.items():
         if lines:
-            units, seconds = (
-                mean_interval([line[name] for line in lines.values()]).mean for name in ("units", "seconds")
-            )
+            units = mean_interval([line["units"] for line in lines.values()]).mean
+            # The first lines have those of the clock, in which trainings were paused.
+            known_seconds = [line["cpu_seconds"] for line in lines.values() if "cpu_seconds" in line]
+            seconds = f"{mean_interval(known_seconds).mean:.0f}" if known_seconds else ""
             rate = chosen_rate(study, arm, records) if arm in study.arms else None
             iterations = next(iter(lines.values()))["iteration"]
             known = ["" if rate is None else f"{rate:g}", str(len(lines)), str(iterations), f"{units / 1000:.1f}"]
-            rows.append([arm, *known, f"{seconds:.0f}", *(_mean(lines.values(), figure) for figure in FIGURES)])
-    header = ["arm", "rate", "seeds", "iterations", "thousand units", "seconds", *FIGURES.values()]
+            rows.append([arm, *known, seconds, *(_mean(lines.values(), figure) for figure in FIGURES)])
+    header = ["arm", "rate", "seeds", "iterations", "thousand units", "CPU seconds", *FIGURES.values()]
     return markdown(header, rows)
 
 

@@ -35,25 +35,31 @@ def trainer_of(study: Study, training: Training) -> Trainer:
 
 def measured(study: Study, training: Training, budget: float) -> Iterator[dict[str, Any]]:
     """Trains, and yields what is measured: at the "start", at "half" and all of its "rollouts", and where the forward
-    units reach "half units" and all "units" of ``budget`` of the recipe. Seconds are of training alone."""
+    units reach "half units" and all "units" of ``budget``. Seconds are the processor's, training's alone."""
     trainer = trainer_of(study, training)
     held_out = Measurement(training, trainer)
     units, seconds = Units(trainer.model.transformer), 0.0
     due = {"half": training.iterations // 2, "rollouts": training.iterations}
-    yield held_out.record(training, at=["start"], units=0.0, seconds=0.0, done=False)
+    yield held_out.record(training, at=["start"], units=0.0, cpu_seconds=0.0, done=False)
     units.total = 0.0
     while True:
-        started = time.perf_counter()
+        started = time.process_time()
         metrics = trainer.train_one()
         trainer.iteration += 1
-        seconds += time.perf_counter() - started
+        seconds += time.process_time() - started
         counted = units.total
         if trainer.iteration == 1:
             due |= {"half units": max(round(budget / 2 / counted), 1), "units": max(round(budget / counted), 1)}
         at = [name for name, iteration in due.items() if iteration == trainer.iteration]
         if at:
             done = trainer.iteration == max(due.values())
-            known = {"at": at, "units": counted, "seconds": seconds, "done": done, "grad_norm": metrics["grad_norm"]}
+            known = {
+                "at": at,
+                "units": counted,
+                "cpu_seconds": seconds,
+                "done": done,
+                "grad_norm": metrics["grad_norm"],
+            }
             yield held_out.record(training, **known)
             units.total = counted
             if done:

@@ -35,7 +35,7 @@ STUDY = Study(
 
 
 def line(training: Training, held_out_reward: float, done: bool = True) -> dict[str, Any]:
-    figures = ("reward", "exact", "lenient", "clean", "tidy", "diversity", "seconds", "units")
+    figures = ("reward", "exact", "lenient", "clean", "tidy", "diversity", "cpu_seconds", "units")
     return {
         **training.to_json(),
         "at": ["rollouts", "units"],
@@ -108,7 +108,7 @@ def test_a_training_is_measured_at_both_budgets(tmp_path: Path, monkeypatch: pyt
         (["units"], 3, pytest.approx(192)),
     ]
     assert [one["done"] for one in found] == [False, False, False, True]
-    assert found[0]["seconds"] == 0 < found[1]["seconds"] < found[3]["seconds"]
+    assert found[0]["cpu_seconds"] == 0 < found[1]["cpu_seconds"] < found[3]["cpu_seconds"]
     assert found[0]["reward"] != found[3]["reward"]
     results = tmp_path / "study.jsonl"
     lines = [*found, *({**one, **comparisons(study, "b", found)[0].to_json()} for one in found)]
