@@ -159,6 +159,7 @@ def test_what_may_change_takes_effect(run: Path, parts: Path, unchanged: bytes, 
     assert history(run)[-1]["iteration"] == DONE
 
 
+@pytest.mark.native
 def test_where_things_live_and_what_is_shown_may_change(
     run: Path, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
