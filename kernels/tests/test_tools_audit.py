@@ -7,12 +7,10 @@ another: `python -m leap_kernels audit` takes them all.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from apart import printed_by
 from leap_kernels import _triton
 from leap_kernels._catalog import OPS
 from leap_kernels.tools import audit, main
@@ -53,11 +51,7 @@ LINE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    done = subprocess.run([sys.executable, "-c", EXAMINE], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return printed_by(EXAMINE, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.slow

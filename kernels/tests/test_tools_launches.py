@@ -7,13 +7,10 @@ within the tensors, from the first byte to the last, which it would not be if 32
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from apart import printed_by
 from leap_kernels._catalog import OPS
 from leap_kernels.tools.launch_cases import LAUNCHERS
 
@@ -112,11 +109,7 @@ def test_every_kernel_has_its_launcher() -> None:
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    done = subprocess.run([sys.executable, "-c", LAUNCH], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return printed_by(LAUNCH, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.slow
