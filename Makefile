@@ -33,7 +33,7 @@ $(PY):
 
 # The order-only dependency keeps a newer interpreter from forcing a reinstall.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*.t*) $(wildcard kernels/native/*)
-# The kernels by themselves, too: leapalign's own copy of them would not follow the sources.
+# The kernels by themselves: leapalign's own copy would not follow the sources, and compiles for as long again.
 $(INSTALLED): $(SOURCES) | $(PY)
-	$(PY) -m pip install -e ./kernels -e '.[dev]' -c constraints.txt
+	SKBUILD_CMAKE_DEFINE=LEAP_BUNDLE=OFF $(PY) -m pip install -e ./kernels -e '.[dev]' -c constraints.txt
 	touch $@

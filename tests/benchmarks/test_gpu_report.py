@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import gpu_blocks, gpu_measures, gpu_report
 from leapalign.inputs.validation import UserError
+from tests.support.tiers import some_slow
 
 CPU = torch.device("cpu")
 
@@ -158,26 +159,30 @@ def test_blocks_are_measured_in_three_columns(monkeypatch: pytest.MonkeyPatch) -
     assert "| block | pass | eager, ms | compile, ms | patched, ms |" in page
 
 
-@pytest.mark.slow
-def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
+BLOCKS = [f"blocks_{name}" for name in gpu_report.MODELS]
+OTHERS = ["machine", "tests", "bandwidth", *(f"tiny_{place}" for place in gpu_report.PLACES), "large"]
+
+
+@pytest.mark.parametrize("blocks", some_slow([BLOCKS, ["blocks_z_image"]], quick=[["blocks_z_image"]]))
+def test_a_dry_run_goes_through_every_part(tmp_path: Path, blocks: list[str]) -> None:
     output = tmp_path / "report.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_report", "--dry-run", "--output", output]
+    chosen = [] if blocks == BLOCKS else ["--parts", *OTHERS, *blocks, "kernels"]
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--dry-run", "--output", output, *chosen]
     done = subprocess.run(command, cwd=gpu_report.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert report.pop("about")["device"] == gpu_report.DRY
-    tiny = [f"tiny_{place}" for place in gpu_report.PLACES]
-    blocks = [f"blocks_{name}" for name in gpu_report.MODELS]
-    assert list(report) == ["machine", "tests", "bandwidth", *tiny, "large", *blocks, "kernels"]
+    assert list(report) == [*OTHERS, *blocks, "kernels"]
     assert {name: part.get("failed") for name, part in report.items()} == dict.fromkeys(report)
     assert report["machine"]["result"]["devices"] == ["cpu"]
     assert "skipped" in report["tests"]["result"]
     assert report["bandwidth"]["result"].keys() == {"bytes", "to_device", "to_host"}
-    for name in (*tiny, "large"):
+    for name in OTHERS[3:]:
         assert set(report[name]["result"]["seconds"]) == {"rollout", "reward", "surrogate", "optimizer"}
     for name in blocks:
         assert all(line["ops"] for line in report[name]["result"])
-    assert len(report["blocks_flux1"]["result"]) == 2
+    if blocks == BLOCKS:
+        assert len(report["blocks_flux1"]["result"]) == 2
     assert {line["op"] for line in report["kernels"]["result"]} == {"ema_update_"}
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.tests.log", "report.kernels.log"}
     assert "no figure here is a GPU's" in done.stdout
