@@ -33,7 +33,8 @@ $(PY):
 
 # The order-only dependency keeps a newer interpreter from forcing a reinstall.
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*.t*) $(wildcard kernels/native/*)
+# --no-compile: Python does so when it imports a module, and few of all those are.
 # The kernels by themselves: leapalign's own copy would not follow the sources, and compiles for as long again.
 $(INSTALLED): $(SOURCES) | $(PY)
-	SKBUILD_CMAKE_DEFINE=LEAP_BUNDLE=OFF $(PY) -m pip install -e ./kernels -e '.[dev]' -c constraints.txt
+	SKBUILD_CMAKE_DEFINE=LEAP_BUNDLE=OFF $(PY) -m pip install --no-compile -e ./kernels -e '.[dev]' -c constraints.txt
 	touch $@

@@ -3,6 +3,7 @@
     python -m benchmarks.study run --workers 2     # goes on where it was; a training that was cut off begins again
     python -m benchmarks.study table               # what is known so far
     python -m benchmarks.study page                # the same, written into docs/study.md
+    python -m benchmarks.study plot                # the figure, and what arms draw, into docs
 
 A line of ``benchmarks/results/study.jsonl`` is a measurement. Learning rates first: an arm is compared when its own is
 chosen.
@@ -18,6 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.figure import draw
+from benchmarks.study.pictures import BASE, rows
 from benchmarks.study.plan import Records, Study, Training, comparisons, is_done, validations
 from benchmarks.study.tables import filled, tables
 from benchmarks.study.training import all_measured, paper_units
@@ -34,11 +37,13 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def wanted(study: Study, records: Records) -> list[Training]:
-    """What is not done yet and can begin, seed by seed over all arms, so that an early end leaves a fair picture."""
-    validating = [training for arm in study.arms for training in validations(study, arm)]
-    comparing = [training for arm in study.arms for training in comparisons(study, arm, records)]
-    comparing.sort(key=lambda training: study.seeds.index(training.seed))
-    return [training for training in (*comparing, *validating) if not is_done(records, training)]
+    """What is not done yet and can begin: learning rates, then seed by seed over all arms, so that an early end leaves
+    a fair picture, then ablations likewise."""
+    trainings = [training for arm in study.arms for training in validations(study, arm, records)]
+    for arms in (study.arms, study.ablations):
+        compared = [training for arm in arms for training in comparisons(study, arm, records)]
+        trainings += sorted(compared, key=lambda training: study.seeds.index(training.seed))
+    return [training for training in trainings if not is_done(records, training)]
 
 
 def run(study: Study, workers: int, hours: float) -> None:
@@ -69,7 +74,7 @@ def run(study: Study, workers: int, hours: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table", "page"])
+    parser.add_argument("command", choices=["run", "table", "page", "plot"])
     parser.add_argument("--workers", type=int, default=1, help="trainings at once, of one thread each")
     parser.add_argument("--hours", type=float, default=24.0, help="begin no training after so many")
     arguments = parser.parse_args()
@@ -78,6 +83,9 @@ def main() -> None:
         run(study, arguments.workers, arguments.hours)
     elif arguments.command == "table":
         print(tables(study, read(RESULTS)))
+    elif arguments.command == "plot":
+        draw(study, read(RESULTS), PAGE.with_suffix(".png"))
+        rows([BASE, *study.arms]).save(PAGE.with_name("study_pictures.png"))
     else:
         PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), study, read(RESULTS)), encoding="utf-8")
 

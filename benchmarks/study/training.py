@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.study.pictures import BASE, save_strip
 from benchmarks.study.plan import Study, Training, validations
 from benchmarks.study.units import Units
 from leapalign.config import load_config
@@ -33,43 +34,58 @@ def trainer_of(study: Study, training: Training) -> Trainer:
     return trainer
 
 
-def measured(study: Study, training: Training, budget: float) -> Iterator[dict[str, Any]]:
-    """Trains, and yields what is measured: at the "start", at "half" and all of its "rollouts", and where the forward
-    units reach "half units" and all "units" of ``budget``. Seconds are the processor's, training's alone."""
+def due_at(study: Study, training: Training, budget: float, units: float) -> dict[str, int]:
+    """The iterations after which ``training``, whose iteration takes ``units``, is measured: at the paper's
+    "rollouts", and, where it is compared at other budgets, at "half units" and all "units" of ``budget``."""
+    due = {"rollouts": training.iterations}
+    if training.arm in study.arms and training.seed in study.seeds:
+        due |= {"half units": max(round(budget / 2 / units), 1), "units": max(round(budget / units), 1)}
+    return due
+
+
+Line = tuple[dict[str, Any], Evaluation]
+"""A line of the results, and what was evaluated for it."""
+
+
+def measured(study: Study, training: Training, budget: float) -> Iterator[Line]:
+    """Trains, and yields what is measured on the way (`due_at`); of the paper's recipe at the "start", too, which all
+    arms share. ``train_reward``: of each rollout since the line before. Seconds are the processor's, of training."""
     trainer = trainer_of(study, training)
     held_out = Measurement(training, trainer)
     units, seconds = Units(trainer.model.transformer), 0.0
-    due = {"half": training.iterations // 2, "rollouts": training.iterations}
-    yield held_out.record(training, at=["start"], units=0.0, cpu_seconds=0.0, done=False)
+    if training.arm == study.paper and training.seed in study.seeds:
+        yield held_out.record(training, at=["start"], units=0.0, cpu_seconds=0.0, done=False)
     units.total = 0.0
+    due: dict[str, int] = {}
+    rewards: list[float] = []
     while True:
         started = time.process_time()
         metrics = trainer.train_one()
         trainer.iteration += 1
         seconds += time.process_time() - started
         counted = units.total
-        if trainer.iteration == 1:
-            due |= {"half units": max(round(budget / 2 / counted), 1), "units": max(round(budget / counted), 1)}
+        rewards.append(round(metrics["reward"], 4))
+        due = due or due_at(study, training, budget, counted)
         at = [name for name, iteration in due.items() if iteration == trainer.iteration]
         if at:
             done = trainer.iteration == max(due.values())
-            known = {
-                "at": at,
-                "units": counted,
-                "cpu_seconds": seconds,
-                "done": done,
-                "grad_norm": metrics["grad_norm"],
-            }
-            yield held_out.record(training, **known)
-            units.total = counted
+            known = {"at": at, "units": counted, "cpu_seconds": round(seconds, 2), "done": done}
+            yield held_out.record(training, **known, grad_norm=metrics["grad_norm"], train_reward=rewards)
+            units.total, rewards = counted, []
             if done:
                 return
 
 
 def all_measured(study: Study, training: Training, budget: float) -> list[dict[str, Any]]:
-    """All of `measured`, by one thread: for a process of its own."""
+    """All of `measured`, by one thread: for a process of its own. The first seed's pictures are kept."""
     torch.set_num_threads(1)
-    return list(measured(study, training, budget))
+    lines = []
+    for line, found in measured(study, training, budget):
+        lines.append(line)
+        if training.seed == study.seeds[0]:
+            for at in {"start", "units"}.intersection(line["at"]):
+                save_strip(found.images, training.arm if at == "units" else BASE)
+    return lines
 
 
 class Measurement:
@@ -82,12 +98,12 @@ class Measurement:
         self._seed = seed_of(training.seed, EVALUATION_STREAM, 0)
         self._rewards = {"reward": trainer.rewards[0].reward, "held_out_reward": embedded_critic()}
 
-    def record(self, training: Training, **known: Any) -> dict[str, Any]:
-        """A line of the results, by the weight average."""
+    def record(self, training: Training, **known: Any) -> Line:
+        """By the weight average."""
         trainer = self._trainer
         with trainer.optimizer.averaged_weights(), torch.no_grad():
             found = evaluate(trainer.model, self._embeddings, self._prompts, self._seed, self._rewards)
-        return {**training.to_json(), "iteration": trainer.iteration, **known, **figures(found)}
+        return {**training.to_json(), "iteration": trainer.iteration, **known, **figures(found)}, found
 
 
 def figures(found: Evaluation) -> dict[str, Any]:
@@ -103,7 +119,7 @@ def figures(found: Evaluation) -> dict[str, Any]:
 
 def paper_units(study: Study) -> float:
     """Forward units of the paper's recipe."""
-    trainer = trainer_of(study, validations(study, study.paper)[0])
+    trainer = trainer_of(study, validations(study, study.paper, [])[0])
     units = Units(trainer.model.transformer)
     trainer.train_one()
     return units.total * study.iterations

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.study import __main__ as command
-from benchmarks.study import flow_grpo
+from benchmarks.study import flow_grpo, pictures, tables
+from benchmarks.study.figure import draw
 from benchmarks.study.plan import Study, Training, chosen_rate, comparisons, is_done, validations
-from benchmarks.study.tables import tables
-from benchmarks.study.training import measured, trainer_of
+from benchmarks.study.training import due_at, measured, trainer_of
 from benchmarks.study.units import Units
 from leapalign.config import load_config
 from leapalign.trainer import Trainer
@@ -26,11 +27,13 @@ STUDY = Study(
     paper="a",
     iterations=2,
     images=12,
-    rates=[1e-4, 1e-3],
+    rates=[1e-5, 1e-4, 1e-3, 1e-2],
     validation_seeds=[7],
     seeds=[0, 1],
     settings=SMALL,
     arms={"a": [], "b": ["method={name: refl}"]},
+    ablation_seeds=[1],
+    ablations={"c": ["method.alpha=1"]},
 )
 
 
@@ -75,47 +78,129 @@ def test_blocks_that_are_left_out_count_for_nothing() -> None:
     assert units.total == pytest.approx(8 * (1 + 3 * share + exact + 2 * 4))
 
 
+def chosen(arm: str) -> list[dict[str, Any]]:
+    """By which the rate of ``arm`` is 1e-3."""
+    low, high = validations(STUDY, arm, [])
+    begun = [line(low, 0.4), line(high, 0.6)]
+    return [*begun, line(validations(STUDY, arm, begun)[-1], 0.5)]
+
+
+def test_rates_are_tried_outwards_while_the_best_is_at_an_end() -> None:
+    low, high = validations(STUDY, "b", [])
+    assert [(one.rate, one.seed) for one in (low, high)] == [(1e-4, 7), (1e-3, 7)]
+    assert validations(STUDY, "b", [line(high, 0.6)]) == [low, high], "both are needed first"
+    up = validations(STUDY, "b", [line(low, 0.4), line(high, 0.6)])
+    assert [one.rate for one in up] == [1e-4, 1e-3, 1e-2]
+    assert chosen_rate(STUDY, "b", [line(low, 0.4), line(high, 0.6)]) is None
+    down = validations(STUDY, "b", [line(low, 0.6), line(high, 0.4)])
+    assert [one.rate for one in down] == [1e-5, 1e-4, 1e-3]
+    assert chosen_rate(STUDY, "b", [line(low, 0.6), line(high, 0.4), line(down[0], 0.5)]) == 1e-4
+    assert chosen_rate(STUDY, "b", [line(low, 0.6), line(high, 0.4), line(down[0], 0.7)]) == 1e-5, "there is no lower"
+
+
 def test_an_arm_is_compared_at_the_rate_that_was_best_on_other_seeds() -> None:
-    low, high = validations(STUDY, "b")
-    assert (low.seed, high.seed) == (7, 7)
-    assert chosen_rate(STUDY, "b", [line(low, 0.9)]) is None
-    assert comparisons(STUDY, "b", [line(low, 0.9)]) == []
-    records = [line(low, 0.4), line(high, 0.6), line(validations(STUDY, "a")[0], 0.9)]
-    assert chosen_rate(STUDY, "b", records) == high.rate
-    assert [(one.seed, one.rate) for one in comparisons(STUDY, "b", records)] == [(0, high.rate), (1, high.rate)]
+    records = chosen("b")
+    assert comparisons(STUDY, "b", records[:2]) == []
+    assert [(one.seed, one.rate) for one in comparisons(STUDY, "b", records)] == [(0, 1e-3), (1, 1e-3)]
+    assert comparisons(STUDY, "c", records) == [], "an ablation takes the rate of the paper's recipe"
+    (ablation,) = comparisons(STUDY, "c", chosen("a"))
+    assert (ablation.seed, ablation.rate) == (1, 1e-3)
+    assert ablation.settings == (*SMALL, "method.alpha=1", "optimizer.learning_rate=0.001", "seed=1")
     other = dataclasses.replace(STUDY, settings=["seed=1"])
     assert chosen_rate(other, "b", records) is None, "what was declared otherwise is of another study"
 
 
 def test_what_was_cut_off_begins_again_and_what_is_done_does_not() -> None:
-    low, high = validations(STUDY, "b")
+    low, _ = validations(STUDY, "b", [])
     assert not is_done([line(low, 0.4, done=False)], low)
-    records = [line(low, 0.4), line(high, 0.6), *(line(one, 0.5) for one in validations(STUDY, "a"))]
+    records = [*chosen("a"), *chosen("b")]
     left = command.wanted(STUDY, records)
-    assert [(one.arm, one.seed) for one in left] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)], "seed by seed"
+    assert [(one.arm, one.seed) for one in left] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("c", 1)], "seed by seed"
     assert command.wanted(STUDY, [*records, line(left[0], 0.5)]) == left[1:]
 
 
-def test_a_training_is_measured_at_both_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the results are a table."""
-    study = dataclasses.replace(STUDY, paper="b", rates=[1e-4], seeds=[0], arms={"b": STUDY.arms["b"]})
-    (training,) = validations(study, "b")
-    found = list(measured(study, training, budget=3 * 8 * (4 + 4)))
+def test_a_training_is_measured_at_both_budgets() -> None:
+    study = dataclasses.replace(STUDY, paper="b", rates=[1e-4], seeds=[7])
+    (training,) = validations(study, "b", [])
+    found = [one for one, _ in measured(study, training, budget=3 * 8 * (4 + 4))]
     assert [(one["at"], one["iteration"], one["units"]) for one in found] == [
         (["start"], 0, 0),
-        (["half"], 1, pytest.approx(64)),
         (["rollouts", "half units"], 2, pytest.approx(128)),
         (["units"], 3, pytest.approx(192)),
     ]
-    assert [one["done"] for one in found] == [False, False, False, True]
-    assert found[0]["cpu_seconds"] == 0 < found[1]["cpu_seconds"] < found[3]["cpu_seconds"]
-    assert found[0]["reward"] != found[3]["reward"]
+    assert [one["done"] for one in found] == [False, False, True]
+    assert found[0]["cpu_seconds"] == 0 < found[1]["cpu_seconds"] < found[2]["cpu_seconds"]
+    assert [len(one.get("train_reward", [])) for one in found] == [0, 2, 1]
+    assert found[0]["reward"] != found[2]["reward"]
+
+
+def test_a_training_that_chooses_a_rate_is_measured_at_the_paper_s_rollouts_alone() -> None:
+    validation, ablation = validations(STUDY, "a", [])[0], comparisons(STUDY, "c", chosen("a"))[0]
+    assert due_at(STUDY, validation, 300, 100) == due_at(STUDY, ablation, 300, 100) == {"rollouts": 2}
+    compared = comparisons(STUDY, "a", chosen("a"))[0]
+    assert due_at(STUDY, compared, 300, 100) == {"rollouts": 2, "half units": 2, "units": 3}
+
+
+def course(training: Training, *points: tuple[str, float, float]) -> list[dict[str, Any]]:
+    """Measurements of ``training``: at what, units, and reward, which all figures share."""
+    shared = ("reward", "exact", "held_out_reward", "lenient", "clean", "tidy", "diversity")
+    return [
+        {
+            **line(training, value, done=at == points[-1][0]),
+            **dict.fromkeys(shared, value),
+            "at": [at],
+            "units": units,
+            "train_reward": [value],
+            "exact_by_family": {"two": value},
+        }
+        for at, units, value in points
+    ]
+
+
+def compared() -> list[dict[str, Any]]:
+    """Two seeds of each arm: "a", the paper's, goes from 0 to 1 in 100 units, "b" in 50 or 150."""
+    records = [*chosen("a"), *chosen("b")]
+    first, second = comparisons(STUDY, "b", records)
+    for training in comparisons(STUDY, "a", records):
+        records += course(training, ("start", 0, 0.0), ("half units", 50, 0.5), ("rollouts", 100, 1.0))
+    records += course(first, ("half units", 40, 0.8), ("rollouts", 60, 1.2), ("units", 100, 1.5))
+    return records + course(second, ("half units", 40, 0.1), ("rollouts", 60, 0.2), ("units", 100, 0.6))
+
+
+def test_units_to_an_end_lie_between_measurements() -> None:
+    assert tables.units_to(STUDY, compared(), "a", ["reward"]) == {0: 1.0, 1: 1.0}
+    assert tables.units_to(STUDY, compared(), "b", ["reward", "exact"]) == {0: pytest.approx(0.5), 1: float("inf")}
+
+
+def test_tables_say_what_the_results_do(tmp_path: Path) -> None:
+    study = dataclasses.replace(STUDY, claims=[("a", "before training"), ("b", "a"), ("a", "c")])
+    text = tables.tables(study, compared())
+    assert "| a > before training | holds: +1.000 [+1.000, +1.000] |" in text
+    assert "| b > a | open: -0.300" in text
+    assert "a > c" not in text, "nothing is known of it"
+    assert "| b | 1 of 2 | 1 of 2 | 1 of 2 |" in text
+    assert tables.filled("before <!-- study -->\n<!-- end of study --> after", study, compared()).startswith("before ")
     results = tmp_path / "study.jsonl"
-    lines = [*found, *({**one, **comparisons(study, "b", found)[0].to_json()} for one in found)]
-    results.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    text = tables(study, command.read(results))
-    assert text.count("\n| b |") == 3
-    assert "At equal forward units" in text
+    results.write_text("".join(json.dumps(one) + "\n" for one in compared()))
+    assert command.read(results) == compared()
+
+
+def test_the_figure_is_drawn_of_what_there_is(tmp_path: Path) -> None:
+    draw(STUDY, compared(), tmp_path / "study.png")
+    with Image.open(tmp_path / "study.png") as picture:
+        colors = picture.convert("RGB").getcolors(1 << 20)
+    assert colors is not None
+    assert len(colors) > 100
+
+
+def test_rows_of_pictures_stand_beside_their_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "STRIPS", tmp_path)
+    images = torch.zeros(20, 3, 64, 64)
+    images[0, 0] = 1
+    pictures.save_strip(images, "a, alpha 1")
+    sheet = pictures.rows(["unknown", "a, alpha 1"])
+    assert sheet.height == pictures.SIDE + 2 * pictures.GAP
+    assert sheet.getpixel((pictures.LABEL + 5, pictures.GAP + 5)) == (255, 0, 0)
 
 
 def test_the_paper_s_sampler_has_the_marginals_of_the_flow() -> None:
@@ -162,7 +247,7 @@ def test_flow_grpo_trains_groups_of_one_prompt() -> None:
     study = dataclasses.replace(
         STUDY, arms={"flow_grpo": ["train.batch_size=16"]}, trainers={"flow_grpo": "flow_grpo:FlowGRPO"}
     )
-    trainer = trainer_of(study, validations(study, "flow_grpo")[0])
+    trainer = trainer_of(study, validations(study, "flow_grpo", [])[0])
     seen: list[Any] = []
     score = trainer.rewards[0].reward
     trainer.rewards[0] = dataclasses.replace(
