@@ -37,13 +37,16 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def wanted(study: Study, records: Records) -> list[Training]:
-    """What is not done yet and can begin: learning rates, then seed by seed over all arms, so that an early end leaves
-    a fair picture, then ablations likewise."""
-    trainings = [training for arm in study.arms for training in validations(study, arm, records)]
-    for arms in (study.arms, study.ablations):
-        compared = [training for arm in arms for training in comparisons(study, arm, records)]
-        trainings += sorted(compared, key=lambda training: study.seeds.index(training.seed))
-    return [training for training in trainings if not is_done(records, training)]
+    """What is not done yet and can begin: arms that have their learning rate, seed by seed, so that an early end leaves
+    a fair picture of these; the choice of the others' rates, arm by arm; then ablations, seed by seed."""
+    compared, ablated = (
+        [training for arm in arms for training in comparisons(study, arm, records)]
+        for arms in (study.arms, study.ablations)
+    )
+    for trainings in (compared, ablated):
+        trainings.sort(key=lambda training: study.seeds.index(training.seed))
+    validating = [training for arm in study.arms for training in validations(study, arm, records)]
+    return [training for training in (*compared, *validating, *ablated) if not is_done(records, training)]
 
 
 def run(study: Study, workers: int, hours: float) -> None:

@@ -11,7 +11,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.memory.residency import Role, Stage
 from leapalign.planning.allowance import allowance
 from leapalign.planning.ledger import Peak
-from leapalign.planning.simulate import GPUS, HOST_BANDWIDTH, Simulation, gib, step_seconds
+from leapalign.planning.simulate import GPUS, HOST_BANDWIDTH, Simulation, gib, run_hours, step_seconds
 from leapalign.reports.pages import text_table
 
 _WAYS = ("to_device", "to_host")
@@ -47,6 +47,7 @@ def summary(found: Simulation, probe: Peak, gpu_memory: int, config: Config) -> 
         "pcie_bytes": {way: int(sum(size for (_, w), size in found.traffic.items() if w == way)) for way in _WAYS},
         "flops": {name: int(count) for name, count in found.flops.items()},
         "seconds_computed_not_measured": {gpu: step_seconds(found, gpu) for gpu in GPUS},
+        "hours_computed_not_measured": {gpu: run_hours(found, gpu, config.train.iterations) for gpu in GPUS},
         "gpu_memory_bytes": gpu_memory,
         "fits": fits(found, gpu_memory),
         "advice": advice(found, gpu_memory, config),
@@ -112,6 +113,11 @@ def explanation(found: Simulation, probe: Peak, gpu_memory: int, config: Config)
         "",
         text_table(("GPU", "stage", "compute", "memory", "transfer", "host", "transfer / compute"), _seconds(found)),
     ]
+    iterations = config.train.iterations
+    hours = ", ".join(f"{run_hours(found, gpu, iterations):.1f} hours on one {gpu}" for gpu in GPUS)
+    lines += ["", f"The {iterations} iterations of the run, by what takes longest of each stage: {hours}."]
+    if config.rollout.cache is not None:
+        lines.append("Blocks that rollout.cache will leave out are counted: how many these are, the images decide.")
     change = advice(found, gpu_memory, config)
     return "\n".join([*lines, *(["", f"To fit: {change}."] if change else [])])
 

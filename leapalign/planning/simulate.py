@@ -264,6 +264,12 @@ def step_seconds(found: Simulation, gpu: str) -> dict[Stage, dict[str, float]]:
     }
 
 
+def run_hours(found: Simulation, gpu: str, iterations: int) -> float:
+    """Hours of ``iterations`` by `step_seconds`: of each stage what takes longest, kernels, transfers or the host."""
+    seconds = [max(s["compute"] + s["memory"], s["transfer"], s["host"]) for s in step_seconds(found, gpu).values()]
+    return iterations * sum(seconds) / 3600
+
+
 def gib(size: float) -> float:
     """Bytes in GiB, rounded up to a hundredth."""
     return math.ceil(size / 2**30 * 100) / 100

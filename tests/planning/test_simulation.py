@@ -20,7 +20,7 @@ from leapalign.planning import simulate as simulation
 from leapalign.planning.caching_allocator import Event, reserved
 from leapalign.planning.fit import parse_size
 from leapalign.planning.ledger import StorageLedger
-from leapalign.planning.simulate import BETWEEN, ITERATION, simulate, step_seconds
+from leapalign.planning.simulate import BETWEEN, ITERATION, run_hours, simulate, step_seconds
 
 FACTORS = "optimizer.name=adafactor"
 MOMENTS = "optimizer.name=adamw"
@@ -142,6 +142,17 @@ def test_the_hosts_work_is_counted_by_hand(parts: Path, tmp_path: Path, ema: str
     assert on_host == {("optimizer", "on_host"): pytest.approx(average * count, rel=0.01)}
     assert found.traffic["optimizer", "on_device"] == pytest.approx(2 * 4 * count, rel=0.01), "weights come back"
     assert plain.traffic["optimizer", "on_device"] > 16 * count, "the step"
+
+
+def test_a_run_takes_what_each_stage_waits_for_longest(parts: Path, tmp_path: Path) -> None:
+    found = simulate(config_of(parts, tmp_path, BYTES, HOST, "train.batch_size=4"))
+    seconds = step_seconds(found, "H100")
+    assert seconds["optimizer"]["host"] > seconds["optimizer"]["compute"] + seconds["optimizer"]["memory"]
+    kernels = sum(
+        of["compute"] + of["memory"] for name, of in seconds.items() if name not in ("optimizer", "surrogate")
+    )
+    host = seconds["optimizer"]["host"] + seconds["surrogate"]["host"]
+    assert run_hours(found, "H100", 7200) == pytest.approx(2 * (kernels + host))
 
 
 def test_the_devices_work_is_what_no_product_does(parts: Path, tmp_path: Path) -> None:
