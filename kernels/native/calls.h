@@ -170,7 +170,7 @@ struct GatedResidualBackward {
 
 struct GeluTanh {
   const void *grad, *x;
-  void* out;
+  void *out, *value;
   Size size;
   int32_t dtype;
 };

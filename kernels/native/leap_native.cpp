@@ -234,9 +234,11 @@ int32_t leap_gated_residual_backward(const void* grad, const void* gate, int64_t
                                         gate_dtype, y_dtype, threads});
 }
 
-int32_t leap_gelu_tanh(const void* grad, const void* x, void* out, int64_t count, int32_t dtype, int32_t threads) {
+int32_t leap_gelu_tanh(const void* grad, const void* x, void* out, void* value, int64_t count, int32_t dtype,
+                       int32_t threads) {
   advise_huge_pages(out, bytes_of(count, dtype));
-  return dispatch(GeluTanh{grad, x, out, {1, count, threads}, dtype});
+  if (value != nullptr) advise_huge_pages(value, bytes_of(count, dtype));
+  return dispatch(GeluTanh{grad, x, out, value, {1, count, threads}, dtype});
 }
 
 int32_t leap_swiglu(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out, int64_t rows,

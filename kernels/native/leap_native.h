@@ -13,7 +13,7 @@
 #define LEAP_API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below or a function of python.cpp does; leap_kernels/_native.py refuses any other value.
-constexpr int32_t LEAP_ABI = 7;
+constexpr int32_t LEAP_ABI = 8;
 
 enum LeapDtype : int32_t { LEAP_FLOAT32 = 0, LEAP_BFLOAT16 = 1, LEAP_FLOAT16 = 2 };
 
@@ -150,9 +150,10 @@ LEAP_API int32_t leap_gated_residual_backward(const void* grad, const void* gate
                                               int64_t width, int32_t dtype, int32_t gate_dtype, int32_t y_dtype,
                                               int32_t threads);
 
-// out = 0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), or, if grad is not null, grad times its derivative.
-LEAP_API int32_t leap_gelu_tanh(const void* grad, const void* x, void* out, int64_t count, int32_t dtype,
-                                int32_t threads);
+// out = 0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), or, if grad is not null, grad times its derivative,
+// and then `value`, if not null, the function itself.
+LEAP_API int32_t leap_gelu_tanh(const void* grad, const void* x, void* out, void* value, int64_t count,
+                                int32_t dtype, int32_t threads);
 
 // out = gate / (1 + exp(-gate)) * up. Strides are those of rows.
 LEAP_API int32_t leap_swiglu(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out,

@@ -130,6 +130,7 @@ def test_parts_that_do_not_fit_are_left_alone() -> None:
     assert patch(model).left == {
         "transformer_blocks.0": "its norm2 is no layer norm without weights and hooks",
         "transformer_blocks.0.attn": "its norms have no eps, or several",
+        "transformer_blocks.0.ff": "it is more than a GELU in the tanh form and a layer, or hooks are on its parts",
         "transformer_blocks.0.ff.net.0": "its GELU is not in the tanh form",
         "single_transformer_blocks.0": "its act_mlp is no GELU in the tanh form, or has hooks",
         "single_transformer_blocks.0.norm": "another forward was put in place of its class's",
