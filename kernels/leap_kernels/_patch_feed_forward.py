@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._patch_linear import of_gelu, of_modulated
-from ._patch_parts import bare, modulated, own_forward
+from ._patch_parts import bare, empty, modulated, own_forward
 from ._patch_rules import Function, Rule, of_forward
 from .gelu_tanh import gelu_tanh
 
 
 def gelu(self: Any, hidden_states: Tensor) -> Tensor:
-    return gelu_tanh(self.proj(hidden_states))
+    return own_forward(self, hidden_states) if empty(hidden_states) else gelu_tanh(self.proj(hidden_states))
 
 
 def _unless_tanh(module: Any) -> str | None:
@@ -24,14 +24,14 @@ def _unless_tanh(module: Any) -> str | None:
 
 
 def feed_forward(self: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
-    if arguments or options or _unless_of_gelu(self) is not None:
+    if arguments or options or empty(hidden_states) or _unless_of_gelu(self) is not None:
         return own_forward(self, hidden_states, *arguments, **options)
     return _second(self, self.net[0].proj(hidden_states))
 
 
 def forwarded(self: Any, norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Any:
     """Return `self(modulated(norm, x, shift, scale))` for a feed-forward, patched or not."""
-    if "forward" in self.__dict__ and bare(self) and _unless_of_gelu(self) is None:
+    if "forward" in self.__dict__ and bare(self) and not empty(x) and _unless_of_gelu(self) is None:
         return _second(self, of_modulated(self.net[0].proj, norm, x, shift, scale))
     return self(modulated(norm, x, shift, scale))
 

@@ -14,7 +14,7 @@ from ._patch_attention import Attend, halved, normed_and_turned, processor_sourc
 from ._patch_feed_forward import RULES as FEED_FORWARD_RULES
 from ._patch_feed_forward import forwarded
 from ._patch_linear import of_gelu, several
-from ._patch_parts import bare, modulated, own_forward, unless_plain, with_residual, within_half
+from ._patch_parts import bare, empty, modulated, own_forward, unless_plain, with_residual, within_half
 from ._patch_rules import Rule
 
 # ---- norms ---------------------------------------------------------------------------------------
@@ -58,7 +58,8 @@ def attention(
 ) -> Any:
     """Attention of FLUX.1: over text and image with weights of their own, or over both already joined."""
     joint = encoder_hidden_states is not None
-    if not attend.takes(self) or options or self.fused_projections or joint == (self.added_kv_proj_dim is None):
+    own = options or self.fused_projections or empty(encoder_hidden_states)
+    if own or not attend.takes(self) or joint == (self.added_kv_proj_dim is None):
         return own_forward(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **options)
     query, key, value = (
         part.unflatten(-1, (-1, self.head_dim)) for part in several(hidden_states, self.to_q, self.to_k, self.to_v)

@@ -76,6 +76,11 @@ def _of_tokens(vector: Tensor) -> Tensor:
     return vector.unsqueeze(1) if vector.ndim == 2 else vector
 
 
+def empty(x: Tensor | None) -> bool:
+    """Say whether there are tokens (B, S, C) of which there are none, as of no text: no op takes such."""
+    return x is not None and x.numel() == 0
+
+
 def within_half(x: Tensor) -> Tensor:
     """Return `x`, in float16 without infinities, as diffusers' blocks do."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

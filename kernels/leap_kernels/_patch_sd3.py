@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._patch_attention import Attend, processor_sources, unless_normed
+from ._patch_attention import Attend, processor_sources, unless_normed, without_norms
 from ._patch_feed_forward import forwarded
 from ._patch_linear import several
-from ._patch_parts import modulated, own_forward, unless_plain, with_residual
+from ._patch_parts import empty, modulated, own_forward, unless_plain, with_residual
 from ._patch_rules import Rule
 from .qk_norm_rope import QK, qk_norm_rope
 
@@ -34,7 +34,7 @@ def joint_attention(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    if not attend.takes(self) or options or attention_mask is not None:
+    if not attend.takes(self) or options or attention_mask is not None or empty(encoder_hidden_states):
         return own_forward(self, hidden_states, encoder_hidden_states, attention_mask, **options)
     query, key, value = (
         part.unflatten(-1, (self.heads, -1)) for part in several(hidden_states, self.to_q, self.to_k, self.to_v)
@@ -98,6 +98,7 @@ RULES = (
         processor_sources,
         Attend.of,
         lambda module: type(module.processor).__name__ == "JointAttnProcessor2_0",
+        without_norms,
     ),
     Rule(
         "JointTransformerBlock",

@@ -108,18 +108,18 @@ LEAP_API int32_t leap_norm_rope_backward(const void* grad, const void* x, const 
                                          int32_t threads);
 
 // out = silu(y) with y = (x - mean) * rstd * weight + bias, where mean and rstd = 1 / sqrt(variance + eps) are those of
-// each of the groups of a sample, and are written (batch, groups). x and out are (batch, channels, places) of `dtype`;
-// weight and bias are per channel, null for 1 and 0.
+// each of the groups of a sample, and are written (batch, groups). x and out are (batch, channels, places) of `dtype`, or
+// with `last` (batch, places, channels); weight and bias are per channel, null for 1 and 0.
 LEAP_API int32_t leap_group_norm_silu(const void* x, const float* weight, const float* bias, void* out, float* mean,
                                       float* rstd, int64_t batch, int64_t channels, int64_t places, int64_t groups,
-                                      float eps, int32_t dtype, int32_t threads);
+                                      float eps, int32_t last, int32_t dtype, int32_t threads);
 
 // The gradients of leap_group_norm_silu from `grad`, that at its output, and from what it wrote: out at x, and at_weight
 // and at_bias, both (channels,).
 LEAP_API int32_t leap_group_norm_silu_backward(const void* grad, const void* x, float* mean, float* rstd,
                                                const float* weight, const float* bias, void* out, float* at_weight,
                                                float* at_bias, int64_t batch, int64_t channels, int64_t places,
-                                               int64_t groups, int32_t dtype, int32_t threads);
+                                               int64_t groups, int32_t last, int32_t dtype, int32_t threads);
 
 // ---- transformer blocks ----------------------------------------------------------------------------------------
 //

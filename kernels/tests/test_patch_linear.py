@@ -153,6 +153,9 @@ def test_gradients_of_one_input_are_added_up_by_products_and_nothing_is_joined()
 class Other(nn.Linear):
     """Not PyTorch's own, as adapters are not."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
 
 def _hooked(layer: nn.Linear) -> nn.Module:
     layer.register_forward_hook(lambda module, given, out: 2 * out)
@@ -166,11 +169,7 @@ def test_another_layer_is_called_as_it_is(case: Case, kind: str) -> None:
     name, width = next(iter(case.layers.items()))
     layer = Other(width, OUT, dtype=torch.float64)
     layers[name] = {"another": layer, "inside another": nn.Sequential(layer), "hooked": _hooked(layers[name])}[kind]
-    calls = []
-    layers[name].register_forward_hook(lambda *_: calls.append(1))
-    out = case.ours(layers, **inputs)
-    assert calls == [1]
-    torch.testing.assert_close(out, case.plain(layers, **inputs), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(case.ours(layers, **inputs), case.plain(layers, **inputs), rtol=1e-11, atol=1e-11)
 
 
 @by_case
