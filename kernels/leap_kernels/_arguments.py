@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -51,7 +52,7 @@ def check_writable(op: str, to_name: str, to: Tensor, source_name: str, source: 
     """Check that `to` can take a result of the shape of `source` in place.
 
     Raises:
-        ValueError: where shape or device differ, or elements of `to` share memory.
+        ValueError: where shape or device differ, elements of `to` share memory, or it shares memory with `source`.
     """
     if to.shape != source.shape or to.device != source.device:
         raise ValueError(
@@ -60,6 +61,16 @@ def check_writable(op: str, to_name: str, to: Tensor, source_name: str, source: 
         )
     if 0 in to.stride() and any(not stride and size > 1 for stride, size in zip(to.stride(), to.shape, strict=True)):
         raise ValueError(f"{op} cannot write to an expanded {to_name}: its elements share memory.")
+    if not is_compiling() and _overlap(to, source):
+        raise ValueError(f"{op} needs {to_name} and {source_name} in memory of their own: copy {source_name} before.")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors without gaps share memory; of others it would be hard to tell."""
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not (a.is_contiguous() and b.is_contiguous()):
+        return False
+    first, other = a.storage_offset() * a.itemsize, b.storage_offset() * b.itemsize
+    return first < other + b.nbytes and other < first + a.nbytes
 
 
 def put_back(whole: Tensor, to: Tensor) -> None:

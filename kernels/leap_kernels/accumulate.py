@@ -98,8 +98,10 @@ def accumulate_(total: Tensor, value: Tensor) -> Tensor:
         `total`.
 
     Raises:
-        ValueError: on a wrong dtype, shape or device, or overlapping `total`.
+        ValueError: on a wrong dtype, shape or device, overlapping memory, or a `total` that requires a gradient.
         BackendUnavailable: in strict mode, if the backend asked for cannot run.
     """
+    if total.requires_grad and torch.is_grad_enabled():
+        raise ValueError("accumulate_ has no gradient: give it total.detach(), or call it under torch.no_grad().")
     _add(total, value)
     return total

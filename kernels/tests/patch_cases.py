@@ -238,9 +238,9 @@ CASES["z_image"] = PatchCase(
 
 def _autoencoder() -> nn.Module:
     model = small_vae()
-    # Its second block changes the number of channels.
+    # Its second block changes the number of channels, and halves.
     model.decoder.up_blocks[1].resnets[0] = ResnetBlock2D(
-        in_channels=8, out_channels=8, groups=4, temb_channels=None, use_in_shortcut=True
+        in_channels=8, out_channels=8, groups=4, temb_channels=None, use_in_shortcut=True, output_scale_factor=2.0
     )
     return model
 

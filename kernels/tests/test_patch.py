@@ -127,10 +127,10 @@ def test_hooks_that_come_after_patch_are_called() -> None:
     expected = case.run(model)["output"]
     patch(model)
     block = model.transformer_blocks[0]
-    for norm in (block.norm2, block.norm1.norm, block.attn.norm_added_k):
-        norm.register_forward_hook(lambda *_: seen.append(1))
+    for part in (block.norm2, block.norm1.norm, block.attn.norm_added_k, block.ff.net[0], block.ff_context):
+        part.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(case.run(model)["output"], expected, rtol=1e-5, atol=1e-5)
-    assert len(seen) == 3
+    assert len(seen) == 5
 
 
 def test_a_single_block_s_activation_is_looked_at_in_each_call() -> None:
@@ -150,8 +150,9 @@ def test_an_autoencoder_on_a_cpu_keeps_the_channels_of_a_place_together() -> Non
     case, orders = CASES["autoencoder"], []
     model = case.model(torch.float32)
     patch(model)
-    for half in (model.encoder, model.decoder):
-        half.conv_norm_out.register_forward_pre_hook(
+    # What comes after an attention lies so without the patch.
+    for part in (model.encoder.down_blocks[0], model.decoder.mid_block):
+        part.resnets[0].norm1.register_forward_pre_hook(
             lambda norm, given: orders.append(given[0].is_contiguous(memory_format=torch.channels_last))
         )
     assert outputs(model, case.drawn(torch.float32)).is_contiguous()

@@ -61,12 +61,15 @@ def test_parts_that_do_not_fit_are_left_alone() -> None:
     double.norm2 = nn.LayerNorm(24).double()
     double.attn.norm_k.eps = 1e-3
     double.ff.net[0].approximate = "none"
+    double.ff_context.net[1].p = 0.5
     single.act_mlp.register_forward_hook(lambda *_: None)
     single.norm.forward = type(single.norm).forward.__get__(single.norm)
+    forward = "it is more than a GELU in the tanh form and a layer, or hooks are on its parts"
     assert patch(model).left == {
         "transformer_blocks.0": "its norm2 is no layer norm without weights and hooks",
         "transformer_blocks.0.attn": "its norms have no eps, or several",
-        "transformer_blocks.0.ff": "it is more than a GELU in the tanh form and a layer, or hooks are on its parts",
+        "transformer_blocks.0.ff": forward,
+        "transformer_blocks.0.ff_context": forward,
         "transformer_blocks.0.ff.net.0": "its GELU is not in the tanh form",
         "single_transformer_blocks.0": "its act_mlp is no GELU in the tanh form, or has hooks",
         "single_transformer_blocks.0.norm": "another forward was put in place of its class's",
