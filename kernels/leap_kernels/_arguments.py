@@ -52,7 +52,7 @@ def check_writable(op: str, to_name: str, to: Tensor, source_name: str, source: 
     """Check that `to` can take a result of the shape of `source` in place.
 
     Raises:
-        ValueError: where shape or device differ, elements of `to` share memory, or it shares memory with `source`.
+        ValueError: where shape or device differ, or elements of `to` share memory.
     """
     if to.shape != source.shape or to.device != source.device:
         raise ValueError(
@@ -61,16 +61,20 @@ def check_writable(op: str, to_name: str, to: Tensor, source_name: str, source: 
         )
     if 0 in to.stride() and any(not stride and size > 1 for stride, size in zip(to.stride(), to.shape, strict=True)):
         raise ValueError(f"{op} cannot write to an expanded {to_name}: its elements share memory.")
-    if not is_compiling() and _overlap(to, source):
-        raise ValueError(f"{op} needs {to_name} and {source_name} in memory of their own: copy {source_name} before.")
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Say whether two tensors without gaps share memory; of others it would be hard to tell."""
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not (a.is_contiguous() and b.is_contiguous()):
-        return False
+def check_apart(op: str, a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
+    """Check that two tensors without gaps share no memory; of others it would be hard to tell.
+
+    Raises:
+        ValueError: where they do.
+    """
+    if is_compiling() or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return
     first, other = a.storage_offset() * a.itemsize, b.storage_offset() * b.itemsize
-    return first < other + b.nbytes and other < first + a.nbytes
+    apart = first >= other + b.nbytes or other >= first + a.nbytes
+    if not apart and a.is_contiguous() and b.is_contiguous():
+        raise ValueError(f"{op} needs {a_name} and {b_name} in memory of their own: copy {b_name} before.")
 
 
 def put_back(whole: Tensor, to: Tensor) -> None:
