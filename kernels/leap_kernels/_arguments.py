@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,6 +61,20 @@ def check_writable(op: str, to_name: str, to: Tensor, source_name: str, source: 
         )
     if 0 in to.stride() and any(not stride and size > 1 for stride, size in zip(to.stride(), to.shape, strict=True)):
         raise ValueError(f"{op} cannot write to an expanded {to_name}: its elements share memory.")
+
+
+def check_apart(op: str, a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
+    """Check that two tensors without gaps share no memory; of others it would be hard to tell.
+
+    Raises:
+        ValueError: where they do.
+    """
+    if is_compiling() or a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return
+    first, other = a.storage_offset() * a.itemsize, b.storage_offset() * b.itemsize
+    apart = first >= other + b.nbytes or other >= first + a.nbytes
+    if not apart and a.is_contiguous() and b.is_contiguous():
+        raise ValueError(f"{op} needs {a_name} and {b_name} in memory of their own: copy {b_name} before.")
 
 
 def put_back(whole: Tensor, to: Tensor) -> None:

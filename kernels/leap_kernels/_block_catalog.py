@@ -68,11 +68,17 @@ _GELU = KernelSpec(
 _GELU_BACKWARD = KernelSpec(
     "gelu_tanh/backward",
     gelu_backward_kernel,
-    {"grad_ptr": "*T", "x_ptr": "*T", "out_ptr": "*T", "count": "i32"},
-    {"BLOCK": GELU_BLOCK},
+    {**dict.fromkeys(("grad_ptr", "x_ptr", "out_ptr", "y_ptr"), "*T"), "count": "i32"},
+    {"AGAIN": False, "BLOCK": GELU_BLOCK},
     reads=("T", "T"),
     writes=("T",),
     elements=GELU_BLOCK,
+)
+_GELU_BACKWARD_AGAIN = replace(
+    _GELU_BACKWARD,
+    name="gelu_tanh/backward_and_again",
+    constexprs={"AGAIN": True, "BLOCK": GELU_BLOCK},
+    writes=("T", "T"),
 )
 _SWIGLU = KernelSpec(
     "swiglu",
@@ -161,7 +167,7 @@ GATED_KERNELS = (
     _gated_backward("gated_residual/backward_of_y", False, True),
     vectors_in_float32(_GATED_BACKWARD, "gated_residual/backward_float32_gate", "gate_ptr"),
 )
-GELU_KERNELS = (_GELU, _GELU_BACKWARD)
+GELU_KERNELS = (_GELU, _GELU_BACKWARD, _GELU_BACKWARD_AGAIN)
 # Packed halves are rows of the same kernels, further apart.
 SWIGLU_KERNELS = (
     _SWIGLU,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 7
+ABI = 8
 
 _FILE_NAME = "leap_native.pyd" if sys.platform == "win32" else "leap_native.abi3.so"
 

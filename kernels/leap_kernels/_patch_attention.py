@@ -66,10 +66,17 @@ def processor_sources(module: Any) -> tuple[Callable[..., Any], ...]:
     return type(module).forward, call, *turning, *norming
 
 
+def without_norms(module: Any) -> str | None:
+    """Say that a module does not norm queries and keys, so that there is less source than a rule knows, or None."""
+    return "its queries and keys are not normed" if module.norm_q is None or module.norm_k is None else None
+
+
 def unless_normed(module: Any) -> str | None:
     """Say why `qk_norm_rope` does not norm the queries and keys of a module, or return None."""
     if module.norm_q is None or module.norm_k is None:
-        return "its queries and keys are not normed"
+        return without_norms(module)
+    if getattr(module, "fused_projections", False):
+        return "its projections are fused"
     norms = _norms(module)
     for norm in norms:
         weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)

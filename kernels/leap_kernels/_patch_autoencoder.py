@@ -36,7 +36,9 @@ def resnet_block(
     if self.conv_shortcut is not None:
         # As diffusers, for the strides of gradients between processes.
         input_tensor = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
-    return (input_tensor + hidden) / self.output_scale_factor
+    out = input_tensor + hidden
+    # Mostly one, and a pass over the images.
+    return out if self.output_scale_factor == 1 else out / self.output_scale_factor
 
 
 def _unless_resnet_fits(module: Any) -> str | None:
@@ -50,23 +52,34 @@ def _unless_resnet_fits(module: Any) -> str | None:
 
 
 def encoder(self: Any, sample: Tensor) -> Tensor:
-    sample = self.conv_in(sample)
+    sample = self.conv_in(_laid_out(sample))
     run = _runner(self)
     for block in self.down_blocks:
         sample = run(block, sample)
     sample = run(self.mid_block, sample)
-    return self.conv_out(_activated(self.conv_norm_out, self.conv_act, sample))
+    return _end(self, sample)
 
 
 def decoder(self: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
     if latent_embeds is not None:
         return own_forward(self, sample, latent_embeds)
-    sample = self.conv_in(sample)
+    sample = self.conv_in(_laid_out(sample))
     run = _runner(self)
     sample = run(self.mid_block, sample, None)
     for block in self.up_blocks:
         sample = run(block, sample, None)
-    return self.conv_out(_activated(self.conv_norm_out, self.conv_act, sample))
+    return _end(self, sample)
+
+
+def _laid_out(sample: Tensor) -> Tensor:
+    """Return images with the channels of a place side by side, if they are on a CPU: convolutions keep that order, and
+    take half the time in it. No GPU has been measured."""
+    return sample.contiguous(memory_format=torch.channels_last) if sample.is_cpu else sample
+
+
+def _end(self: Any, sample: Tensor) -> Tensor:
+    out: Tensor = self.conv_out(_activated(self.conv_norm_out, self.conv_act, sample))
+    return out.contiguous()
 
 
 def _runner(module: Any) -> Function:

@@ -1,4 +1,4 @@
-"""FLUX.1's transformer in diffusers, and the norms and feed-forwards that other models have, too.
+"""FLUX.1's transformer in diffusers, and the norms that other models have, too.
 
 Written for diffusers 0.42.
 """
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ._patch_attention import Attend, halved, normed_and_turned, processor_sources, unless_normed
-from ._patch_linear import joined
-from ._patch_parts import bare, modulated, own_forward, unless_plain, with_residual, within_half
-from ._patch_rules import Rule, of_forward
-from .gelu_tanh import gelu_tanh
+from ._patch_feed_forward import RULES as FEED_FORWARD_RULES
+from ._patch_feed_forward import forwarded
+from ._patch_linear import of_gelu, several
+from ._patch_parts import bare, empty, modulated, own_forward, unless_plain, with_residual, within_half
+from ._patch_rules import Rule
 
-# ---- norms and feed-forwards ---------------------------------------------------------------------------------------
+# ---- norms ---------------------------------------------------------------------------------------
 
 
 def ada_layer_norm_zero(
@@ -43,14 +44,6 @@ def ada_layer_norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tens
     return modulated(self.norm, x, shift, scale)
 
 
-def gelu(self: Any, hidden_states: Tensor) -> Tensor:
-    return gelu_tanh(self.proj(hidden_states))
-
-
-def _unless_tanh(module: Any) -> str | None:
-    return None if module.approximate == "tanh" else "its GELU is not in the tanh form"
-
-
 # ---- blocks --------------------------------------------------------------------------------------------------------
 
 
@@ -65,15 +58,16 @@ def attention(
 ) -> Any:
     """Attention of FLUX.1: over text and image with weights of their own, or over both already joined."""
     joint = encoder_hidden_states is not None
-    if not attend.takes(self) or options or self.fused_projections or joint == (self.added_kv_proj_dim is None):
+    own = options or self.fused_projections or empty(encoder_hidden_states)
+    if own or not attend.takes(self) or joint == (self.added_kv_proj_dim is None):
         return own_forward(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **options)
     query, key, value = (
-        part(hidden_states).unflatten(-1, (-1, self.head_dim)) for part in (self.to_q, self.to_k, self.to_v)
+        part.unflatten(-1, (-1, self.head_dim)) for part in several(hidden_states, self.to_q, self.to_k, self.to_v)
     )
     before = None
     if encoder_hidden_states is not None:
-        added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        *before, of_text = (part(encoder_hidden_states).unflatten(-1, (-1, self.head_dim)) for part in added)
+        added = several(encoder_hidden_states, self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        *before, of_text = (part.unflatten(-1, (-1, self.head_dim)) for part in added)
         value = torch.cat([of_text, value], dim=1)
     tables = None if image_rotary_emb is None else halved(image_rotary_emb, query.device)
     query, key = normed_and_turned(self, query, key, before, tables)
@@ -102,12 +96,12 @@ def double_block(
         **(joint_attention_kwargs or {}),
     )
     image = with_residual(image, gate, attended)
-    image = with_residual(image, mlp_gate, self.ff(modulated(self.norm2, image, mlp_shift, mlp_scale)))
+    image = with_residual(image, mlp_gate, forwarded(self.ff, self.norm2, image, mlp_shift, mlp_scale))
     for more in of_adapter:
         image = image + more
     text = with_residual(text, text_gate, text_attended)
-    forwarded = self.ff_context(modulated(self.norm2_context, text, text_shift, text_scale))
-    return within_half(with_residual(text, text_mlp_gate, forwarded)), image
+    of_text = forwarded(self.ff_context, self.norm2_context, text, text_shift, text_scale)
+    return within_half(with_residual(text, text_mlp_gate, of_text)), image
 
 
 def single_block(
@@ -122,9 +116,12 @@ def single_block(
     residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     normed, gate = self.norm(residual, emb=temb)
     projected = self.proj_mlp(normed)
-    forwarded = gelu_tanh(projected) if _unless_gelu(self) is None else self.act_mlp(projected)
     attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-    out = within_half(with_residual(residual, gate, joined(self.proj_out, attended, forwarded)))
+    if _unless_gelu(self) is None:
+        both = of_gelu(self.proj_out, projected, beside=attended)
+    else:
+        both = self.proj_out(torch.cat([attended, self.act_mlp(projected)], dim=2))
+    out = within_half(with_residual(residual, gate, both))
     text, image = out.split_with_sizes([length, out.shape[1] - length], dim=1)
     return text, image
 
@@ -154,15 +151,7 @@ RULES = (
         ada_layer_norm_continuous,
         unless_plain("norm"),
     ),
-    Rule(
-        "GELU",
-        "fa064e5ee7f62ebb",
-        ("gelu_tanh",),
-        gelu,
-        _unless_tanh,
-        lambda module: (*of_forward(module), type(module).gelu),
-        applies=lambda module: hasattr(module, "proj"),
-    ),
+    *FEED_FORWARD_RULES,
     Rule(
         "FluxAttention", "1178aa0fee6536e6", ("qk_norm_rope",), attention, unless_normed, processor_sources, Attend.of
     ),

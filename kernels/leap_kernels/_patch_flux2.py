@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ._patch_attention import Attend, halved, normed_and_turned, processor_sources, unless_normed
 from ._patch_flux import attention
-from ._patch_parts import modulated, own_forward, unless_plain, with_residual, within_half
+from ._patch_parts import empty, modulated, own_forward, unless_plain, with_residual, within_half
 from ._patch_rules import Rule
 from .swiglu import swiglu
 
 
 def feed_forward_gate(self: Any, x: Tensor) -> Tensor:
-    return swiglu(x)
+    return own_forward(self, x) if empty(x) else swiglu(x)
 
 
 def double_block(

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._patch_rules import Forward
 from .adaln_modulate import adaln_modulate
 from .gated_residual import gated_residual
 
 
 def bare(module: Any) -> bool:
-    """Say whether calling a module would do no more than its class's `forward`: no hooks, nothing put in its place."""
-    return "forward" not in module.__dict__ and not (
+    """Say whether calling a module would do no more than its class's `forward`: no hooks, and nothing put in its place
+    but by `patch`."""
+    return isinstance(module.__dict__.get("forward"), Forward | None) and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
@@ -50,9 +52,14 @@ def _wide(x: Tensor, *others: Tensor) -> Tensor:
     return x if dtype == x.dtype else x.to(dtype)
 
 
+def fits_op(norm: Any, x: Tensor, shift: Tensor | None, scale: Tensor) -> bool:
+    """Say whether `adaln_modulate` is what a norm and these vectors compute, but for the dtype of the result."""
+    return plain_layer_norm(norm) and _vector_of(x, scale) and (shift is None or shift.shape == scale.shape)
+
+
 def modulated(norm: Any, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
     """Return `norm(x) * (1 + scale) + shift` for x (B, S, C) and vectors (B, C), (B, 1, C) or any that broadcast."""
-    if plain_layer_norm(norm) and _vector_of(x, scale) and (shift is None or shift.shape == scale.shape):
+    if fits_op(norm, x, shift, scale):
         return adaln_modulate(_wide(x, scale, scale if shift is None else shift), shift, scale, norm.eps)
     normal = norm(x) * (1 + _of_tokens(scale))
     return normal if shift is None else normal + _of_tokens(shift)
@@ -67,6 +74,11 @@ def with_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 def _of_tokens(vector: Tensor) -> Tensor:
     return vector.unsqueeze(1) if vector.ndim == 2 else vector
+
+
+def empty(x: Tensor | None) -> bool:
+    """Say whether there are tokens (B, S, C) of which there are none, as of no text: no op takes such."""
+    return x is not None and x.numel() == 0
 
 
 def within_half(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ._patch_attention import Attend, normed_and_turned, of_complex, processor_sources, unless_normed
+from ._patch_feed_forward import forwarded
+from ._patch_linear import several
 from ._patch_parts import modulated, own_forward, unless_plain, with_residual, within_half
 from ._patch_rules import Rule, of_forward
 
@@ -32,9 +34,10 @@ def joint_attention(
         of_image = encoder_hidden_states_mask.new_ones(hidden_states.shape[:2], dtype=torch.bool)
         attention_mask = torch.cat([encoder_hidden_states_mask, of_image], dim=1)[:, None, None, :]
     width, length = self.inner_dim // self.heads, encoder_hidden_states.shape[1]
-    query, key, value = (part(hidden_states).unflatten(-1, (-1, width)) for part in (self.to_q, self.to_k, self.to_v))
-    added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-    *before, of_text = (part(encoder_hidden_states).unflatten(-1, (-1, width)) for part in added)
+    projected = several(hidden_states, self.to_q, self.to_k, self.to_v)
+    query, key, value = (part.unflatten(-1, (-1, width)) for part in projected)
+    added = several(encoder_hidden_states, self.add_q_proj, self.add_k_proj, self.add_v_proj)
+    *before, of_text = (part.unflatten(-1, (-1, width)) for part in added)
     # Of the image first; tokens stand the other way round.
     tables = None if image_rotary_emb is None else of_complex(image_rotary_emb[::-1], query.device)
     query, key = normed_and_turned(self, query, key, before, tables)
@@ -71,9 +74,9 @@ def block(
     )
     image = with_residual(image, gate, attended)
     text = with_residual(text, text_gate, text_attended)
-    image = with_residual(image, mlp_gate, self.img_mlp(modulated(self.img_norm2, image, mlp_shift, mlp_scale)))
-    forwarded = self.txt_mlp(modulated(self.txt_norm2, text, text_mlp_shift, text_mlp_scale))
-    return within_half(with_residual(text, text_mlp_gate, forwarded)), within_half(image)
+    image = with_residual(image, mlp_gate, forwarded(self.img_mlp, self.img_norm2, image, mlp_shift, mlp_scale))
+    of_text = forwarded(self.txt_mlp, self.txt_norm2, text, text_mlp_shift, text_mlp_scale)
+    return within_half(with_residual(text, text_mlp_gate, of_text)), within_half(image)
 
 
 RULES = (

@@ -38,6 +38,8 @@ class Rule(NamedTuple):
     """Return what `forward` takes before the module."""
     applies: Callable[[Any], bool] = lambda module: True
     """Say whether the rule is about this module: classes that serve many models hold different parts."""
+    lacks: Callable[[Any], str | None] = lambda module: None
+    """Say what a module lacks, so that its source is not the known one, or return None."""
 
 
 def digest_of(functions: tuple[Function, ...]) -> str | None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._patch_attention import Attend, processor_sources, unless_normed
-from ._patch_parts import modulated, own_forward, unless_plain, with_residual
+from ._patch_attention import Attend, processor_sources, unless_normed, without_norms
+from ._patch_feed_forward import forwarded
+from ._patch_linear import several
+from ._patch_parts import empty, modulated, own_forward, unless_plain, with_residual
 from ._patch_rules import Rule
 from .qk_norm_rope import QK, qk_norm_rope
 
@@ -32,17 +34,17 @@ def joint_attention(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    if not attend.takes(self) or options or attention_mask is not None:
+    if not attend.takes(self) or options or attention_mask is not None or empty(encoder_hidden_states):
         return own_forward(self, hidden_states, encoder_hidden_states, attention_mask, **options)
     query, key, value = (
-        part(hidden_states).unflatten(-1, (self.heads, -1)) for part in (self.to_q, self.to_k, self.to_v)
+        part.unflatten(-1, (self.heads, -1)) for part in several(hidden_states, self.to_q, self.to_k, self.to_v)
     )
     weights, eps = (self.norm_q.weight, self.norm_k.weight), self.norm_q.eps
     if encoder_hidden_states is None:
         query, key = qk_norm_rope(query, key, *weights, eps=eps)
     else:
-        added = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        of_text = [part(encoder_hidden_states).unflatten(-1, (self.heads, -1)) for part in added]
+        added = several(encoder_hidden_states, self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        of_text = [part.unflatten(-1, (self.heads, -1)) for part in added]
         added_weights = self.norm_added_q.weight, self.norm_added_k.weight
         image = QK(query, key, *weights)
         query, key = qk_norm_rope(of_text[0], of_text[1], *added_weights, eps=eps, before=image)
@@ -77,12 +79,12 @@ def joint_block(
     if self.use_dual_attention:
         normed, gate = of_second
         image = with_residual(image, gate, self.attn2(hidden_states=normed, **options))
-    image = with_residual(image, mlp_gate, self.ff(modulated(self.norm2, image, mlp_shift, mlp_scale)))
+    image = with_residual(image, mlp_gate, forwarded(self.ff, self.norm2, image, mlp_shift, mlp_scale))
     if self.context_pre_only:
         return None, image
     text = with_residual(text, text_gate, text_attended)
-    forwarded = self.ff_context(modulated(self.norm2_context, text, text_shift, text_scale))
-    return with_residual(text, text_mlp_gate, forwarded), image
+    of_text = forwarded(self.ff_context, self.norm2_context, text, text_shift, text_scale)
+    return with_residual(text, text_mlp_gate, of_text), image
 
 
 RULES = (
@@ -96,6 +98,7 @@ RULES = (
         processor_sources,
         Attend.of,
         lambda module: type(module.processor).__name__ == "JointAttnProcessor2_0",
+        without_norms,
     ),
     Rule(
         "JointTransformerBlock",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ._patch_attention import Attend, normed_and_turned, of_complex, processor_sources, unless_normed
+from ._patch_linear import several
 from ._patch_parts import modulated, own_forward, unless_plain, with_residual
 from ._patch_rules import Rule, of_forward
 from .swiglu import swiglu
@@ -28,7 +29,7 @@ def attention(
         options |= {"freqs_cis": freqs_cis}
         return own_forward(self, hidden_states, encoder_hidden_states, attention_mask, **options)
     query, key, value = (
-        part(hidden_states).unflatten(-1, (self.heads, -1)) for part in (self.to_q, self.to_k, self.to_v)
+        part.unflatten(-1, (self.heads, -1)) for part in several(hidden_states, self.to_q, self.to_k, self.to_v)
     )
     tables = None if freqs_cis is None else of_complex((freqs_cis,), query.device)
     query, key = normed_and_turned(self, query, key, None, tables)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._arguments import FLOATS, check_writable, compute_dtype, put_back
+from ._arguments import FLOATS, check_apart, check_writable, compute_dtype, put_back
 from ._dispatch import choose, register, unsupported
 from ._library import define_in_place
 from ._triton import jit, tl, triton
@@ -75,6 +75,7 @@ def _check(total: Tensor, value: Tensor) -> None:
             f"accumulate_ takes float32, bfloat16, float16 and float64, not {value.dtype} into {total.dtype}."
         )
     check_writable("accumulate_", "total", total, "value", value)
+    check_apart("accumulate_", "total", total, "value", value)
 
 
 _add = define_in_place(
@@ -98,8 +99,10 @@ def accumulate_(total: Tensor, value: Tensor) -> Tensor:
         `total`.
 
     Raises:
-        ValueError: on a wrong dtype, shape or device, or overlapping `total`.
+        ValueError: on a wrong dtype, shape or device, overlapping memory, or a `total` that requires a gradient.
         BackendUnavailable: in strict mode, if the backend asked for cannot run.
     """
+    if total.requires_grad and torch.is_grad_enabled():
+        raise ValueError("accumulate_ has no gradient: give it total.detach(), or call it under torch.no_grad().")
     _add(total, value)
     return total

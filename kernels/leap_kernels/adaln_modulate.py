@@ -199,7 +199,7 @@ def _fake_backward(
     return _gradients_like(x, scale, shift_dtype, sums)
 
 
-_gradients = define_gradient(
+gradients = define_gradient(
     "adaln_modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor statistics, ScalarType shift_dtype, bool sums)"
     " -> (Tensor, Tensor, Tensor)",
     _run_backward,
@@ -220,12 +220,12 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
         return None, None, None, None
     _, needs_shift, needs_scale, *_others = ctx.needs_input_grad
     sums = needs_shift or needs_scale
-    grads = resumed(ctx.setting, _gradients, grad, *ctx.saved_tensors, ctx.shift_dtype, sums)
+    grads = resumed(ctx.setting, gradients, grad, *ctx.saved_tensors, ctx.shift_dtype, sums)
     grad_x, grad_shift, grad_scale = grads
     return grad_x, grad_shift if needs_shift else None, grad_scale if needs_scale else None, None
 
 
-_modulate = define(
+modulate = define(
     "adaln_modulate(Tensor x, Tensor? shift, Tensor scale, float eps) -> (Tensor, Tensor)",
     _run,
     _fake,
@@ -263,5 +263,5 @@ def adaln_modulate(x: Tensor, shift: Tensor | None, scale: Tensor, eps: float = 
             raise ValueError(
                 f"adaln_modulate needs shift and scale of one shape, not {tuple(shift.shape)} and {tuple(scale.shape)}."
             )
-    y: Tensor = _modulate(x, shift, scale, eps)[0]
+    y: Tensor = modulate(x, shift, scale, eps)[0]
     return y

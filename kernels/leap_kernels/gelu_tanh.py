@@ -2,7 +2,8 @@
 
     y = 0.5 * x * (1 + tanh(z / 2)) = x * sigmoid(z),    z = 2 * sqrt(2 / pi) * (x + 0.044715 * x^3)
 
-Backward, with g the gradient at y and s = sigmoid(z): x gets g * (s + x * s * (1 - s) * dz/dx), recomputed.
+Backward, with g the gradient at y and s = sigmoid(z): x gets g * (s + x * s * (1 - s) * dz/dx), recomputed. Where a
+linear layer that follows wants y for the gradient of its weight, the same pass makes it again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ._arguments import FLOATS, compute_dtype
 from ._dispatch import choose, current, register, resumed, unsupported
 from ._first_order import define_gradient
 from ._library import define
+from ._modulation import nothing
 from ._triton import jit, tl, triton
 
 # ---- reference ---------------------------------------------------------------------------------------------
@@ -28,11 +30,11 @@ def reference_forward(x: Tensor) -> Tensor:
     return functional.gelu(x.to(compute_dtype(x)), approximate="tanh").to(x.dtype).contiguous()
 
 
-def reference_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient at x."""
+def reference_backward(grad: Tensor, x: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+    """Return the gradient at x, and y if it is to be made `again`, else nothing."""
     dtype = compute_dtype(x)
     grad_x: Tensor = torch.ops.aten.gelu_backward(grad.to(dtype), x.to(dtype), approximate="tanh")
-    return grad_x.to(x.dtype).contiguous()
+    return grad_x.to(x.dtype).contiguous(), reference_forward(x) if again else nothing(x)
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
@@ -51,7 +53,9 @@ def gelu_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-
 
 
 @jit
-def gelu_backward_kernel(grad_ptr, x_ptr, out_ptr, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def gelu_backward_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, x_ptr, out_ptr, y_ptr, count, AGAIN: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -62,6 +66,8 @@ def gelu_backward_kernel(grad_ptr, x_ptr, out_ptr, count, BLOCK: tl.constexpr): 
     # power * s is 1 - s without its loss; an infinite power times zero would be no number.
     slope = s + x * s * (tl.minimum(power, 3.0e38) * s) * (1.5957691216057308 + 3 * square)
     tl.store(out_ptr + at, (grad * slope).to(out_ptr.dtype.element_ty), mask=inside)
+    if AGAIN:
+        tl.store(y_ptr + at, (x / (1 + power)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def triton_forward(x: Tensor) -> Tensor:
@@ -74,14 +80,16 @@ def triton_forward(x: Tensor) -> Tensor:
     return out
 
 
-def triton_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient at x, with Triton."""
+def triton_backward(grad: Tensor, x: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+    """Compute with Triton; arguments and results as for `reference_backward`."""
     grad, x = grad.contiguous(), x.contiguous()
     out = torch.empty_like(x)
+    y = torch.empty_like(x) if again else nothing(x)
     count = x.numel()
     with torch.cuda.device_of(x):
-        gelu_backward_kernel[(triton.cdiv(count, BLOCK),)](grad, x, out, count, BLOCK)
-    return out
+        # Where y is not wanted, nothing writes its stand-in.
+        gelu_backward_kernel[(triton.cdiv(count, BLOCK),)](grad, x, out, y if again else out, count, again, BLOCK)
+    return out, y
 
 
 # ---- native CPU code ---------------------------------------------------------------------------------------
@@ -91,16 +99,17 @@ def native_forward(x: Tensor) -> Tensor:
     """Compute y with native/activations.cpp."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _native.call("leap_gelu_tanh", None, x, out, x.numel(), x.dtype)
+    _native.call("leap_gelu_tanh", None, x, out, None, x.numel(), x.dtype)
     return out
 
 
-def native_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient at x, with native/activations.cpp."""
+def native_backward(grad: Tensor, x: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+    """Compute with native/activations.cpp; arguments and results as for `reference_backward`."""
     grad, x = grad.contiguous(), x.contiguous()
     out = torch.empty_like(x)
-    _native.call("leap_gelu_tanh", grad, x, out, x.numel(), x.dtype)
-    return out
+    y = torch.empty_like(x) if again else None
+    _native.call("leap_gelu_tanh", grad, x, out, y, x.numel(), x.dtype)
+    return out, nothing(x) if y is None else y
 
 
 # ---- dispatch and autograd ---------------------------------------------------------------------------------
@@ -118,15 +127,17 @@ def _fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _run_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return _BACKWARD[choose(_OP, grad, x)](grad, x)
+def _run_backward(grad: Tensor, x: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+    return _BACKWARD[choose(_OP, grad, x)](grad, x, again)
 
 
-def _fake_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return _fake(x)
+def _fake_backward(grad: Tensor, x: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+    return _fake(x), _fake(x) if again else nothing(x)
 
 
-_gradient = define_gradient("gelu_tanh_backward(Tensor grad, Tensor x) -> Tensor", _run_backward, _fake_backward)
+gradient = define_gradient(
+    "gelu_tanh_backward(Tensor grad, Tensor x, bool again) -> (Tensor, Tensor)", _run_backward, _fake_backward
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -136,8 +147,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    gradient: Tensor = resumed(ctx.setting, _gradient, grad, x)
-    return gradient
+    grad_x: Tensor = resumed(ctx.setting, gradient, grad, x, False)[0]
+    return grad_x
 
 
 _gelu = define("gelu_tanh(Tensor x) -> Tensor", _run, _fake, _setup_context, _backward, native=native_forward)

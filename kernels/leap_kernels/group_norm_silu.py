@@ -79,7 +79,7 @@ def native_forward(
     """Compute with native/group_norm.cpp; arguments as for `reference_forward`, in float32."""
     out, mean = torch.empty_like(x), x.new_empty(x.shape[0], groups, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    _native.call("leap_group_norm_silu", x, weight, bias, out, mean, rstd, *_sizes(x), groups, eps, x.dtype)
+    _native.call("leap_group_norm_silu", x, weight, bias, out, mean, rstd, *_sizes(x), groups, eps, last, x.dtype)
     return out, mean, rstd
 
 
@@ -90,7 +90,7 @@ def native_backward(
     out, at_weight, at_bias = torch.empty_like(x), mean.new_empty(x.shape[1]), mean.new_empty(x.shape[1])
     _native.call(
         "leap_group_norm_silu_backward",
-        *(grad, x, mean, rstd, weight, bias, out, at_weight, at_bias, *_sizes(x), mean.shape[1], x.dtype),
+        *(grad, x, mean, rstd, weight, bias, out, at_weight, at_bias, *_sizes(x), mean.shape[1], last, x.dtype),
     )
     return out, at_weight, at_bias
 
@@ -104,14 +104,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 # ---- dispatch and autograd ---------------------------------------------------------------------------------
 
 
-def _unsupported(backend: str, *tensors: Tensor) -> str | None:
-    reason = unsupported(backend, *tensors)
-    if reason is None and backend == "native" and not tensors[0].is_contiguous():
-        return "channels that lie side by side are normed by the reference"
-    return reason
-
-
-_OP = register("group_norm_silu", _unsupported)
+_OP = register("group_norm_silu", unsupported)
 _FORWARD = {"triton": triton_forward, "native": native_forward, "reference": reference_forward}
 _BACKWARD = {"triton": triton_backward, "native": native_backward, "reference": reference_backward}
 
@@ -139,9 +132,7 @@ def _run(
 def _run_plain(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not x.is_contiguous():
-        return _run(x, groups, weight, bias, eps)
-    return native_forward(x, groups, _arithmetic(weight, x), _arithmetic(bias, x), eps, False)
+    return native_forward(x, groups, _arithmetic(weight, x), _arithmetic(bias, x), eps, not x.is_contiguous())
 
 
 def _fake(

@@ -93,5 +93,7 @@ def _reason(module: nn.Module, rule: Rule) -> str | None:
     if digest is None:
         return "its source cannot be read"
     if digest != rule.digest:
-        return f"its source is unknown (digest {digest}): another version of diffusers, or changed"
+        return (
+            rule.lacks(module) or f"its source is unknown (digest {digest}): another version of diffusers, or changed"
+        )
     return rule.unsuitable(module)

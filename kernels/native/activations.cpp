@@ -64,12 +64,14 @@ int32_t gelu(const GeluTanh& call) {
       return;
     }
     const auto* grad = at<T>(call.grad, block);
-    sweep(block.count, stream, [=](int64_t i, auto extent) {
+    auto* again = call.value == nullptr ? nullptr : at<T>(call.value, block);
+    sweep(block.count, stream && (again == nullptr || streamed<T>(again, call.size)), [=](int64_t i, auto extent) {
       const Step value = load<T>(x + i, extent);
       const Step square = value * value * CUBIC;
       const Sigmoid sigmoid(value * (square + all(LINEAR)));
       const Step inner = value * (square * 3.0f + all(LINEAR));
       store<T>(out + i, load<T>(grad + i, extent) * (sigmoid.value + sigmoid.slope * inner), extent);
+      if (again != nullptr) store<T>(again + i, value * sigmoid.value, extent);
     });
   });
   return 0;

@@ -129,6 +129,9 @@ struct GroupNorm {
   int32_t dtype, threads;
 };
 
+// The same with the channels of a place side by side.
+struct GroupNormLast : GroupNorm {};
+
 struct Adaln {
   const void *x, *shift;
   int64_t shift_stride;
@@ -170,7 +173,7 @@ struct GatedResidualBackward {
 
 struct GeluTanh {
   const void *grad, *x;
-  void* out;
+  void *out, *value;
   Size size;
   int32_t dtype;
 };
@@ -215,6 +218,7 @@ struct SwigluBackward {
   int32_t run(const SwigluBackward& call);        \
   int32_t run(const NormRope& call);              \
   int32_t run(const GroupNorm& call);             \
+  int32_t run(const GroupNormLast& call);         \
   }
 
 LEAP_DECLARE_KERNELS(baseline)

@@ -99,9 +99,7 @@ int32_t forward(const GroupNorm& call) {
 
 // The gradient at y: that at silu(y), times its derivative.
 inline Step at_y(const Step& grad, const Step& normed, const Channel& channel) {
-  const Step y = normed * channel.weight + all(channel.bias);
-  const Step s = sigmoid(y);
-  return grad * s * (all(1.0f) + y * (all(1.0f) - s));
+  return silu_gradient(grad, normed * channel.weight + all(channel.bias));
 }
 
 // Whether the first pass leaves the gradient at y in the output for the second: where storing it costs no digits.

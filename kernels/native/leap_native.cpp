@@ -186,19 +186,21 @@ int32_t leap_norm_rope_backward(const void* grad, const void* x, const float* we
 
 int32_t leap_group_norm_silu(const void* x, const float* weight, const float* bias, void* out, float* mean,
                              float* rstd, int64_t batch, int64_t channels, int64_t places, int64_t groups, float eps,
-                             int32_t dtype, int32_t threads) {
+                             int32_t last, int32_t dtype, int32_t threads) {
   advise_huge_pages(out, bytes_of(batch * channels * places, dtype));
-  return dispatch(GroupNorm{nullptr, x, mean, rstd, weight, bias, out, nullptr, nullptr, batch, channels, places,
-                            groups, eps, dtype, threads});
+  const GroupNorm call{nullptr, x,        mean,   rstd,   weight, bias, out,  nullptr,
+                       nullptr, batch,    channels, places, groups, eps,  dtype, threads};
+  return last != 0 ? dispatch(GroupNormLast{call}) : dispatch(call);
 }
 
 int32_t leap_group_norm_silu_backward(const void* grad, const void* x, float* mean, float* rstd, const float* weight,
                                       const float* bias, void* out, float* at_weight, float* at_bias, int64_t batch,
-                                      int64_t channels, int64_t places, int64_t groups, int32_t dtype,
+                                      int64_t channels, int64_t places, int64_t groups, int32_t last, int32_t dtype,
                                       int32_t threads) {
   advise_huge_pages(out, bytes_of(batch * channels * places, dtype));
-  return dispatch(GroupNorm{grad, x, mean, rstd, weight, bias, out, at_weight, at_bias, batch, channels, places,
-                            groups, 0.0f, dtype, threads});
+  const GroupNorm call{grad,    x,     mean,     rstd,   weight, bias, out,   at_weight,
+                       at_bias, batch, channels, places, groups, 0.0f, dtype, threads};
+  return last != 0 ? dispatch(GroupNormLast{call}) : dispatch(call);
 }
 
 int32_t leap_adaln(const void* x, const void* shift, int64_t shift_stride, const void* scale, int64_t scale_stride,
@@ -234,9 +236,11 @@ int32_t leap_gated_residual_backward(const void* grad, const void* gate, int64_t
                                         gate_dtype, y_dtype, threads});
 }
 
-int32_t leap_gelu_tanh(const void* grad, const void* x, void* out, int64_t count, int32_t dtype, int32_t threads) {
+int32_t leap_gelu_tanh(const void* grad, const void* x, void* out, void* value, int64_t count, int32_t dtype,
+                       int32_t threads) {
   advise_huge_pages(out, bytes_of(count, dtype));
-  return dispatch(GeluTanh{grad, x, out, {1, count, threads}, dtype});
+  if (value != nullptr) advise_huge_pages(value, bytes_of(count, dtype));
+  return dispatch(GeluTanh{grad, x, out, value, {1, count, threads}, dtype});
 }
 
 int32_t leap_swiglu(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out, int64_t rows,

@@ -13,7 +13,7 @@
 #define LEAP_API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below or a function of python.cpp does; leap_kernels/_native.py refuses any other value.
-constexpr int32_t LEAP_ABI = 7;
+constexpr int32_t LEAP_ABI = 8;
 
 enum LeapDtype : int32_t { LEAP_FLOAT32 = 0, LEAP_BFLOAT16 = 1, LEAP_FLOAT16 = 2 };
 
@@ -108,18 +108,18 @@ LEAP_API int32_t leap_norm_rope_backward(const void* grad, const void* x, const 
                                          int32_t threads);
 
 // out = silu(y) with y = (x - mean) * rstd * weight + bias, where mean and rstd = 1 / sqrt(variance + eps) are those of
-// each of the groups of a sample, and are written (batch, groups). x and out are (batch, channels, places) of `dtype`;
-// weight and bias are per channel, null for 1 and 0.
+// each of the groups of a sample, and are written (batch, groups). x and out are (batch, channels, places) of `dtype`, or
+// with `last` (batch, places, channels); weight and bias are per channel, null for 1 and 0.
 LEAP_API int32_t leap_group_norm_silu(const void* x, const float* weight, const float* bias, void* out, float* mean,
                                       float* rstd, int64_t batch, int64_t channels, int64_t places, int64_t groups,
-                                      float eps, int32_t dtype, int32_t threads);
+                                      float eps, int32_t last, int32_t dtype, int32_t threads);
 
 // The gradients of leap_group_norm_silu from `grad`, that at its output, and from what it wrote: out at x, and at_weight
 // and at_bias, both (channels,).
 LEAP_API int32_t leap_group_norm_silu_backward(const void* grad, const void* x, float* mean, float* rstd,
                                                const float* weight, const float* bias, void* out, float* at_weight,
                                                float* at_bias, int64_t batch, int64_t channels, int64_t places,
-                                               int64_t groups, int32_t dtype, int32_t threads);
+                                               int64_t groups, int32_t last, int32_t dtype, int32_t threads);
 
 // ---- transformer blocks ----------------------------------------------------------------------------------------
 //
@@ -150,9 +150,10 @@ LEAP_API int32_t leap_gated_residual_backward(const void* grad, const void* gate
                                               int64_t width, int32_t dtype, int32_t gate_dtype, int32_t y_dtype,
                                               int32_t threads);
 
-// out = 0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), or, if grad is not null, grad times its derivative.
-LEAP_API int32_t leap_gelu_tanh(const void* grad, const void* x, void* out, int64_t count, int32_t dtype,
-                                int32_t threads);
+// out = 0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), or, if grad is not null, grad times its derivative,
+// and then `value`, if not null, the function itself.
+LEAP_API int32_t leap_gelu_tanh(const void* grad, const void* x, void* out, void* value, int64_t count,
+                                int32_t dtype, int32_t threads);
 
 // out = gate / (1 + exp(-gate)) * up. Strides are those of rows.
 LEAP_API int32_t leap_swiglu(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* out,

@@ -101,6 +101,14 @@ struct Pair {
   int64_t count;
 };
 
+bool overlap(const Pair& pair) {
+  const auto end = [&](const Elements& of) {
+    return reinterpret_cast<uintptr_t>(of.address) + static_cast<uint64_t>(pair.count) * (of.dtype == 0 ? 4 : 2);
+  };
+  return reinterpret_cast<uintptr_t>(pair.written.address) < end(pair.read) &&
+         reinterpret_cast<uintptr_t>(pair.read.address) < end(pair.written);
+}
+
 // Looks at the first two arguments; false where they are no such pair, or Python has raised, as it does where a tensor
 // has no shape.
 bool find_pair(PyObject* arguments, Pair& pair) {
@@ -120,7 +128,7 @@ bool find_pair(PyObject* arguments, Pair& pair) {
   pair.count = 1;
   const Py_ssize_t dimensions = PyTuple_Size(shape.get());
   for (Py_ssize_t i = 0; i < dimensions; ++i) pair.count *= PyLong_AsLongLong(PyTuple_GetItem(shape.get(), i));
-  return PyErr_Occurred() == nullptr;
+  return PyErr_Occurred() == nullptr && !overlap(pair);
 }
 
 // Calls run(pair, threads), tells autograd of the change, and returns True; or False where the arguments are no pair.

@@ -37,4 +37,10 @@ inline Step exponential(const Step& x) {
 
 inline Step sigmoid(const Step& x) { return all(1.0f) / (all(1.0f) + exponential(x * -1.0f)); }
 
+// The gradient at y of y sigmoid(y), from that at its result.
+inline Step silu_gradient(const Step& grad, const Step& y) {
+  const Step s = sigmoid(y);
+  return grad * s * (all(1.0f) + y * (all(1.0f) - s));
+}
+
 }  // namespace

@@ -129,7 +129,7 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
             (grad, vector, fixed, None),
         ],
         "gelu_tanh": [(x,)],
-        "gelu_tanh_backward": [(grad, fixed)],
+        "gelu_tanh_backward": [(grad, fixed, again) for again in (False, True)],
         "swiglu": [(x, y), (x, None)],
         "swiglu_backward": [(grad, fixed, fixed.clone()), (drawn(2, 3, 3), fixed, None)],
     }

@@ -105,10 +105,11 @@ Z_BLOCKS = [
 def _block(prefix: str, *norms: str, attention: str = "attn", forwards: tuple[str, ...] = ()) -> dict[str, Any]:
     """A block of a transformer with two ops of its own, and its parts."""
     parts = {f"{prefix}.{name}": _MODULATED for name in norms} | {f"{prefix}.{attention}": _ATTENTION}
-    return {prefix: _BLOCK, **parts, **{f"{prefix}.{name}": _FEED_FORWARD for name in forwards}}
+    parts |= {f"{prefix}.{name}{part}": _FEED_FORWARD for name in forwards for part in ("", ".net.0")}
+    return {prefix: _BLOCK, **parts}
 
 
-_TWO_FORWARDS = ("ff.net.0", "ff_context.net.0")
+_TWO_FORWARDS = ("ff", "ff_context")
 
 CASES = {
     "flux": PatchCase(
@@ -174,7 +175,7 @@ CASES["stable_diffusion_3"] = PatchCase(
         **_block("transformer_blocks.0", "norm1", "norm1_context", forwards=_TWO_FORWARDS),
         "transformer_blocks.0.attn2": _ATTENTION,
         **_block("transformer_blocks.1", "norm1", "norm1_context", forwards=_TWO_FORWARDS),
-        **_block("transformer_blocks.2", "norm1", "norm1_context", forwards=("ff.net.0",)),
+        **_block("transformer_blocks.2", "norm1", "norm1_context", forwards=("ff",)),
         "norm_out": _MODULATED,
     },
 )
@@ -206,8 +207,8 @@ CASES["qwen_image"] = PatchCase(
     _small_qwen_image,
     _qwen_inputs,
     {
-        **_block("transformer_blocks.0", forwards=("img_mlp.net.0", "txt_mlp.net.0")),
-        **_block("transformer_blocks.1", forwards=("img_mlp.net.0", "txt_mlp.net.0")),
+        **_block("transformer_blocks.0", forwards=("img_mlp", "txt_mlp")),
+        **_block("transformer_blocks.1", forwards=("img_mlp", "txt_mlp")),
         "norm_out": _MODULATED,
     },
     gone=("native_layer_norm", "gelu"),
@@ -237,9 +238,9 @@ CASES["z_image"] = PatchCase(
 
 def _autoencoder() -> nn.Module:
     model = small_vae()
-    # Its second block changes the number of channels.
+    # Its second block changes the number of channels, and halves.
     model.decoder.up_blocks[1].resnets[0] = ResnetBlock2D(
-        in_channels=8, out_channels=8, groups=4, temb_channels=None, use_in_shortcut=True
+        in_channels=8, out_channels=8, groups=4, temb_channels=None, use_in_shortcut=True, output_scale_factor=2.0
     )
     return model
 

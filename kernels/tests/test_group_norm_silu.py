@@ -33,7 +33,7 @@ SLOW = "longer-than-a-program"
 def test_error_against_float64(name: str, backend: str, dtype: torch.dtype, affine: bool) -> None:
     shape, groups = SHAPES[name]
     given = inputs(shape, dtype, affine)
-    layouts = [given, channels_last(given)] if backend != "native" and len(shape) == 4 else [given]
+    layouts = [given, channels_last(given)] if len(shape) == 4 else [given]
     for layout in layouts:
         with use_backend(backend, strict=True):
             results = differentiated(group_norm_silu, layout, groups)
@@ -55,10 +55,11 @@ def test_error_is_at_most_that_of_pytorch(backend: str, dtype: torch.dtype) -> N
 
 
 @by_backend
-def test_a_large_mean_costs_no_digits(backend: str) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_a_large_mean_costs_no_digits(backend: str, last: bool) -> None:
     given = inputs((1, 4, 37, 31), torch.float32) | {"x": latents(1, 4, 37, 31).add(1000).float()}
     with use_backend(backend, strict=True):
-        result = differentiated(group_norm_silu, given, 2)
+        result = differentiated(group_norm_silu, channels_last(given) if last else given, 2)
     exact = differentiated(eager, in_double(given), 2)
     torch.testing.assert_close(result["out"].double(), exact["out"], rtol=0, atol=2e-3)
 
@@ -109,8 +110,10 @@ def test_saves_x_and_two_numbers_a_group_and_no_more(backend: str) -> None:
 
 @pytest.mark.native
 @by_shape
-def test_native_bits_do_not_depend_on_threads(shape, groups: int) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_native_bits_do_not_depend_on_threads(shape, groups: int, last: bool) -> None:
     given = inputs((3 * shape[0], *shape[1:]), torch.bfloat16)
+    given = channels_last(given) if last else given
     results = []
     for threads in (1, 3):
         torch.set_num_threads(threads)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from leap_kernels import _patch_attention, _patch_parts, _patch_rules, patch
+from leap_kernels import _patch_attention, _patch_parts, patch
 from patch_cases import CASES, all_in_double, compute_in_double, difference, outputs
 from tolerances import unit_roundoff
 from torch import nn
@@ -34,15 +34,19 @@ def test_output_and_gradients_are_equal(family: str) -> None:
 @families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rounding_costs_no_more_than_it_did(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taken together, and beside what the same model without the patch loses in this dtype."""
+    """Taken together, and beside what the same model without the patch loses in this dtype; but for gradients that are
+    zero in exact arithmetic, as that of a key's bias, of which rounding is all there is."""
     case = CASES[family]
     with monkeypatch.context() as in_double:
         compute_in_double(in_double)
         exact = case.run(case.model(dtype).double())
+    largest = max(value.norm() for value in exact.values())
+    counted = [name for name, value in exact.items() if value.norm() > 1e-12 * largest]
     model = case.model(dtype)
     losses = []
     for _ in range(2):
-        losses.append(sum(difference(case.run(model, dtype), exact).values()) / len(exact))
+        found = difference(case.run(model, dtype), exact)
+        losses.append(sum(found[name] for name in counted) / len(counted))
         patch(model)
     assert unit_roundoff(dtype) < losses[1] < 1.25 * losses[0]
 
@@ -72,85 +76,13 @@ def test_tensors_without_memory(family: str) -> None:
     assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in expected.items()}
 
 
-def test_what_was_patched_is_left_alone() -> None:
-    model = CASES["flux"].model()
-    first = patch(model)
-    second = patch(model)
-    assert not second.replaced
-    assert second.left == dict.fromkeys(first.replaced, "it is patched already")
-    second.undo()
-    assert patch(model).left == second.left
-    first.undo()
-    assert patch(model).replaced == first.replaced
-
-
-def test_an_unknown_source_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block that computes something else, or whose processor does."""
-    case = CASES["flux"]
-    model = case.model()
-    expected = case.run(model)
-    block, attention = type(model.transformer_blocks[0]), type(model.transformer_blocks[0].attn.processor)
-    forward, call = block.forward, attention.__call__
-
-    def other(self: nn.Module, *arguments: object, **options: object) -> object:
-        return forward(self, *arguments, **options)
-
-    def other_call(self: object, *arguments: object, **options: object) -> object:
-        return call(self, *arguments, **options)
-
-    monkeypatch.setattr(block, "forward", other)
-    monkeypatch.setattr(attention, "__call__", other_call)
-    done = patch(model)
-    for name in ("transformer_blocks.0", "transformer_blocks.0.attn", "single_transformer_blocks.0.attn"):
-        assert name not in done.replaced
-        assert "source is unknown" in done.left[name]
-    assert difference(case.run(model), expected)["output"] < 1e-6
-
-
-def test_without_a_source_it_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreadable(function: object) -> str:
-        raise OSError("could not get source code")
-
-    monkeypatch.setattr(_patch_rules.inspect, "getsource", unreadable)
-    _patch_rules._digest.cache_clear()
-    done = patch(CASES["flux"].model())
-    _patch_rules._digest.cache_clear()
-    assert not done.replaced
-    assert set(done.left.values()) == {"its source cannot be read"}
-
-
-def test_parts_that_do_not_fit_are_left_alone() -> None:
-    model = CASES["flux"].model()
-    double, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
-    double.norm2 = nn.LayerNorm(24).double()
-    double.attn.norm_k.eps = 1e-3
-    double.ff.net[0].approximate = "none"
-    single.act_mlp.register_forward_hook(lambda *_: None)
-    single.norm.forward = type(single.norm).forward.__get__(single.norm)
-    assert patch(model).left == {
-        "transformer_blocks.0": "its norm2 is no layer norm without weights and hooks",
-        "transformer_blocks.0.attn": "its norms have no eps, or several",
-        "transformer_blocks.0.ff.net.0": "its GELU is not in the tanh form",
-        "single_transformer_blocks.0": "its act_mlp is no GELU in the tanh form, or has hooks",
-        "single_transformer_blocks.0.norm": "another forward was put in place of its class's",
-    }
-
-
-def test_undo_takes_nothing_away_that_others_put_there() -> None:
-    model = CASES["flux"].model()
-    done = patch(model)
-    block = model.transformer_blocks[0]
-    ours, block.forward = block.forward, lambda *_, **__: None
-    with pytest.raises(RuntimeError, match=r"forward of transformer_blocks\.0 was replaced after patch: undo that"):
-        done.undo()
-    assert "forward" in model.norm_out.__dict__
-    block.forward = ours
-    done.undo()
-
-
-def test_other_models_have_nothing_to_patch() -> None:
-    done = patch(nn.Sequential(nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 4)))
-    assert (done.replaced, done.left) == ({}, {})
+@pytest.mark.parametrize("family", ["flux", "flux2", "stable_diffusion_3"])
+def test_a_text_of_no_tokens(family: str) -> None:
+    model, inputs = CASES[family].model(), CASES[family].drawn(torch.float64)
+    inputs |= {name: inputs[name][..., :0, :] for name in ("encoder_hidden_states", "txt_ids") if name in inputs}
+    expected = outputs(model, inputs)
+    patch(model)
+    torch.testing.assert_close(outputs(model, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
 class _Called(TorchDispatchMode):
@@ -195,10 +127,10 @@ def test_hooks_that_come_after_patch_are_called() -> None:
     expected = case.run(model)["output"]
     patch(model)
     block = model.transformer_blocks[0]
-    for norm in (block.norm2, block.norm1.norm, block.attn.norm_added_k):
-        norm.register_forward_hook(lambda *_: seen.append(1))
+    for part in (block.norm2, block.norm1.norm, block.attn.norm_added_k, block.ff.net[0], block.ff_context):
+        part.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(case.run(model)["output"], expected, rtol=1e-5, atol=1e-5)
-    assert len(seen) == 3
+    assert len(seen) == 5
 
 
 def test_a_single_block_s_activation_is_looked_at_in_each_call() -> None:
@@ -212,6 +144,19 @@ def test_a_single_block_s_activation_is_looked_at_in_each_call() -> None:
     assert not torch.equal(hooked, before)
     block.act_mlp = nn.ReLU()
     assert not torch.equal(outputs(model, inputs), hooked)
+
+
+def test_an_autoencoder_on_a_cpu_keeps_the_channels_of_a_place_together() -> None:
+    case, orders = CASES["autoencoder"], []
+    model = case.model(torch.float32)
+    patch(model)
+    # What comes after an attention lies so without the patch.
+    for part in (model.encoder.down_blocks[0], model.decoder.mid_block):
+        part.resnets[0].norm1.register_forward_pre_hook(
+            lambda norm, given: orders.append(given[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    assert outputs(model, case.drawn(torch.float32)).is_contiguous()
+    assert orders == [True, True]
 
 
 def test_models_on_meta_and_under_transforms_run() -> None:
@@ -230,11 +175,6 @@ def test_models_on_meta_and_under_transforms_run() -> None:
             torch.testing.assert_close(gradients[name], wanted, rtol=1e-9, atol=1e-9)
     meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     assert outputs(model.to("meta"), meta).device.type == "meta"
-
-
-def test_what_is_no_module_is_told() -> None:
-    with pytest.raises(TypeError, match=r"patch takes a module, such as pipeline\.transformer .*, not object"):
-        patch(object())
 
 
 def test_processors_and_fused_projections_that_come_after_patch_count() -> None:

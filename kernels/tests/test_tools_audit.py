@@ -92,7 +92,7 @@ def test_one_op_for_every_target() -> None:
     lines = list(audit.audit("gelu_tanh"))
     assert [(line["kernel"], line["dtype"], line["target"]) for line in lines] == [
         (kernel, dtype, target)
-        for kernel in ("gelu_tanh", "gelu_tanh/backward")
+        for kernel in ("gelu_tanh", "gelu_tanh/backward", "gelu_tanh/backward_and_again")
         for dtype in ("bfloat16", "float32")
         for target in (*NVIDIA, "gfx942")
     ]

@@ -84,15 +84,15 @@ void test_gated(Rows s, int32_t dtype, int32_t other) {
 void test_activations(Rows s, int32_t dtype) {
   const int64_t rows = s.batch * s.rows;
   Tensor packed = filled(dtype, 2 * s.count(), 8), grad = filled(dtype, s.count(), 9), out(dtype, s.count());
-  Tensor grads(dtype, 2 * s.count()), curved(dtype, s.count()), slope(dtype, s.count());
+  Tensor grads(dtype, 2 * s.count()), curved(dtype, s.count()), slope(dtype, s.count()), again(dtype, s.count());
   const size_t half = static_cast<size_t>(s.width) * width(dtype);
   unsigned char* up = static_cast<unsigned char*>(packed.data()) + half;
   unsigned char* grad_up = static_cast<unsigned char*>(grads.data()) + half;
   leap_swiglu(packed.data(), 2 * s.width, up, 2 * s.width, out.data(), rows, s.width, dtype, s.threads);
   leap_swiglu_backward(grad.data(), packed.data(), 2 * s.width, up, 2 * s.width, grads.data(), grad_up, 2 * s.width,
                        rows, s.width, dtype, s.threads);
-  leap_gelu_tanh(nullptr, grad.data(), curved.data(), s.count(), dtype, s.threads);
-  leap_gelu_tanh(packed.data(), grad.data(), slope.data(), s.count(), dtype, s.threads);
+  leap_gelu_tanh(nullptr, grad.data(), curved.data(), nullptr, s.count(), dtype, s.threads);
+  leap_gelu_tanh(packed.data(), grad.data(), slope.data(), again.data(), s.count(), dtype, s.threads);
   for (int64_t i = 0; i < s.count(); ++i) {
     const int64_t at = i / s.width * 2 * s.width + i % s.width;
     const double g = packed.at(at), u = packed.at(at + s.width), sigmoid = 1 / (1 + std::exp(-g));
@@ -103,6 +103,7 @@ void test_activations(Rows s, int32_t dtype) {
     const double x = grad.at(i), inner = std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x);
     const double t = std::tanh(inner), rise = std::sqrt(2 / std::acos(-1.0)) * (1 + 3 * 0.044715 * x * x);
     expect(close(curved.at(i), 0.5 * x * (1 + t), 8, dtype), "gelu", dtype, s.width, i);
+    expect(again.at(i) == curved.at(i), "gelu beside its gradient", dtype, s.width, i);
     const double gelu_slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * rise;
     expect(close(slope.at(i), packed.at(i) * gelu_slope, 32, dtype), "gelu at x", dtype, s.width, i);
   }
@@ -120,6 +121,6 @@ int main() {
       }
     }
   }
-  expect(leap_gelu_tanh(nullptr, CASES, nullptr, 0, 7, 1) == -1, "unknown dtype", 7, 0, 0);
+  expect(leap_gelu_tanh(nullptr, CASES, nullptr, nullptr, 0, 7, 1) == -1, "unknown dtype", 7, 0, 0);
   return report();
 }
