@@ -23,6 +23,8 @@ FIGURES = {
 }
 COMPARED = ("reward", "held_out_reward", "exact", "tidy", "diversity")
 BUDGETS = {"rollouts": "equal rollouts", "units": "equal forward units", "half units": "half the forward units"}
+FEWEST = 3
+"""Seeds of an interval that is shown: two that agree by chance would have none."""
 PLACE = re.compile(r"<!-- study -->\n.*<!-- end of study -->", re.S)
 
 Lines = Mapping[int, Mapping[str, Any]]
@@ -65,9 +67,11 @@ def measured(study: Study, records: Records, arm: str, at: str) -> Lines:
 
 
 def difference(lines: Lines, others: Lines, figure: str) -> Interval | None:
-    """Of ``figure``, seed by seed; none of fewer than two seeds."""
+    """Of ``figure``, seed by seed; none of fewer than `FEWEST`."""
     seeds: Sequence[int] = [seed for seed in lines if seed in others]
-    return mean_interval([lines[seed][figure] - others[seed][figure] for seed in seeds]) if len(seeds) > 1 else None
+    return (
+        mean_interval([lines[seed][figure] - others[seed][figure] for seed in seeds]) if len(seeds) >= FEWEST else None
+    )
 
 
 def units_to(study: Study, records: Records, arm: str, figures: Sequence[str]) -> dict[int, float]:
@@ -100,7 +104,7 @@ def _reaching(study: Study, records: Records) -> str:
         found = [units_to(study, records, arm, figures) for figures in (["reward"], ["exact"], ["reward", "exact"])]
         for shares in found:
             reached = [share for share in shares.values() if share < float("inf")]
-            all_of_them = len(reached) == len(shares) and len(shares) > 1
+            all_of_them = len(reached) == len(shares) >= FEWEST
             columns.append(_shown(mean_interval(reached), "") if all_of_them else f"{len(reached)} of {len(shares)}")
         if found[0]:
             rows.append([arm, *columns])

@@ -29,7 +29,7 @@ STUDY = Study(
     images=12,
     rates=[1e-5, 1e-4, 1e-3, 1e-2],
     validation_seeds=[7],
-    seeds=[0, 1],
+    seeds=[0, 1, 2],
     settings=SMALL,
     arms={"a": [], "b": ["method={name: refl}"]},
     ablation_seeds=[1],
@@ -101,7 +101,7 @@ def test_rates_are_tried_outwards_while_the_best_is_at_an_end() -> None:
 def test_an_arm_is_compared_at_the_rate_that_was_best_on_other_seeds() -> None:
     records = chosen("b")
     assert comparisons(STUDY, "b", records[:2]) == []
-    assert [(one.seed, one.rate) for one in comparisons(STUDY, "b", records)] == [(0, 1e-3), (1, 1e-3)]
+    assert [(one.seed, one.rate) for one in comparisons(STUDY, "b", records)] == [(0, 1e-3), (1, 1e-3), (2, 1e-3)]
     assert comparisons(STUDY, "c", records) == [], "an ablation takes the rate of the paper's recipe"
     (ablation,) = comparisons(STUDY, "c", chosen("a"))
     assert (ablation.seed, ablation.rate) == (1, 1e-3)
@@ -115,7 +115,10 @@ def test_what_was_cut_off_begins_again_and_what_is_done_does_not() -> None:
     assert not is_done([line(low, 0.4, done=False)], low)
     records = [*chosen("a"), *chosen("b")]
     left = command.wanted(STUDY, records)
-    assert [(one.arm, one.seed) for one in left] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("c", 1)], "seed by seed"
+    assert [(one.arm, one.seed) for one in left] == [
+        *(("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)),
+        ("c", 1),
+    ], "seed by seed"
     assert command.wanted(STUDY, [*records, line(left[0], 0.5)]) == left[1:]
 
 
@@ -158,27 +161,30 @@ def course(training: Training, *points: tuple[str, float, float]) -> list[dict[s
 
 
 def compared() -> list[dict[str, Any]]:
-    """Two seeds of each arm: "a", the paper's, goes from 0 to 1 in 100 units, "b" in 50 or 150."""
+    """Three seeds of each arm: "a", the paper's, goes from 0 to 1 in 100 units, "b" in 50 or more than 100."""
     records = [*chosen("a"), *chosen("b")]
-    first, second = comparisons(STUDY, "b", records)
+    first, *others = comparisons(STUDY, "b", records)
     for training in comparisons(STUDY, "a", records):
         records += course(training, ("start", 0, 0.0), ("half units", 50, 0.5), ("rollouts", 100, 1.0))
     records += course(first, ("half units", 40, 0.8), ("rollouts", 60, 1.2), ("units", 100, 1.5))
-    return records + course(second, ("half units", 40, 0.1), ("rollouts", 60, 0.2), ("units", 100, 0.6))
+    for training in others:
+        records += course(training, ("half units", 40, 0.1), ("rollouts", 60, 0.2), ("units", 100, 0.6))
+    return records
 
 
 def test_units_to_an_end_lie_between_measurements() -> None:
-    assert tables.units_to(STUDY, compared(), "a", ["reward"]) == {0: 1.0, 1: 1.0}
-    assert tables.units_to(STUDY, compared(), "b", ["reward", "exact"]) == {0: pytest.approx(0.5), 1: float("inf")}
+    assert tables.units_to(STUDY, compared(), "a", ["reward"]) == {0: 1.0, 1: 1.0, 2: 1.0}
+    found = tables.units_to(STUDY, compared(), "b", ["reward", "exact"])
+    assert found == {0: pytest.approx(0.5), 1: float("inf"), 2: float("inf")}
 
 
 def test_tables_say_what_the_results_do(tmp_path: Path) -> None:
     study = dataclasses.replace(STUDY, claims=[("a", "before training"), ("b", "a"), ("a", "c")])
     text = tables.tables(study, compared())
     assert "| a > before training | holds: +1.000 [+1.000, +1.000] |" in text
-    assert "| b > a | open: -0.300" in text
+    assert "| b > a | open: -0.467" in text
     assert "a > c" not in text, "nothing is known of it"
-    assert "| b | 1 of 2 | 1 of 2 | 1 of 2 |" in text
+    assert "| b | 1 of 3 | 1 of 3 | 1 of 3 |" in text
     assert tables.filled("before <!-- study -->\n<!-- end of study --> after", study, compared()).startswith("before ")
     results = tmp_path / "study.jsonl"
     results.write_text("".join(json.dumps(one) + "\n" for one in compared()))
