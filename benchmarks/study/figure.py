@@ -40,7 +40,8 @@ def draw(study: Study, records: Records, path: Path) -> None:
         bars = [[found.mean - found.low], [found.high - found.mean]]
         right.errorbar([found.mean], [-place], xerr=bars, fmt="o", color=colors.get(arm, "black"), capsize=3)
     right.set_yticks([-place for place in range(len(names))], names)
-    right.set_xlabel("exact at equal forward units, mean and 95 % interval over seeds")
+    right.set_xlabel("exact at equal forward units, mean and 95 % interval")
+    right.set_xlim(0.3, 1)
     right.grid(alpha=0.25)
     figure.savefig(path, dpi=110)
     plt.close(figure)

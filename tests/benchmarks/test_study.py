@@ -205,8 +205,8 @@ def test_rows_of_pictures_stand_beside_their_arms(tmp_path: Path, monkeypatch: p
     images[0, 0] = 1
     pictures.save_strip(images, "a, alpha 1")
     sheet = pictures.rows(["unknown", "a, alpha 1"])
-    assert sheet.height == pictures.SIDE + 2 * pictures.GAP
-    assert sheet.getpixel((pictures.LABEL + 5, pictures.GAP + 5)) == (255, 0, 0)
+    assert sheet.height == pictures.HEAD + pictures.SIDE + pictures.GAP
+    assert sheet.getpixel((pictures.LABEL + 5, pictures.HEAD + 5)) == (255, 0, 0)
 
 
 def test_the_paper_s_sampler_has_the_marginals_of_the_flow() -> None:
