@@ -20,6 +20,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.memory.placement import lent_device
 from leapalign.memory.residency import host_memory
 from leapalign.models.protocol import FlowModel
+from leapalign.parallel.processes import first
 from leapalign.prompts.files import read_prompts
 from leapalign.reward_gradient import RewardFn, RewardTerm, scores_of
 from leapalign.rewards import get_reward, reward_terms
@@ -120,7 +121,8 @@ class Watch:
         if iteration == 0:
             with host_memory("latents"):
                 self.base, self.base_latents = record, torch.cat(latents)
-            save_base(Path(self.config.output), self.base_latents, self.config, self.prompts)
+            if first():
+                save_base(Path(self.config.output), self.base_latents, self.config, self.prompts)
         assert self.base is not None, "recall comes first"
         self.stop = first_to_hold(self.rules, record, self.base)
         return record
