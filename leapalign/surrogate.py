@@ -129,6 +129,8 @@ def surrogate_backward(
         entries = active.nonzero()
         nested = torch.zeros_like(lam) if discount else None
         parts = entries.split(microbatch or batch) if len(entries) else ()
+        # Weights may be spread over processes, which gather them together: one that has less to do goes along.
+        idle = max(gathered(len(parts))) - len(parts)
         for part in parts:
             rows, columns = part.unbind(dim=1)
             # Only the group's first row passes gradient on.
@@ -149,8 +151,7 @@ def surrogate_backward(
             if q is not None and nested is not None:
                 for column, term in zip(columns[:count].tolist(), q.to(lam.dtype), strict=False):
                     nested[column] = term
-        for _ in range(max(gathered(len(parts))) - len(parts)):
-            # Weights may be spread over processes, which gather them together: one that has less to do goes along.
+        for _ in range(idle):
             start, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros_like(lam[:1])
             _part_vjp(velocity_fn, rollout.latents, levels, start, start, nothing, None, 0, gradient_sink)
         if nested is not None:
