@@ -113,9 +113,9 @@ def test_a_used_folder_is_refused(two: Path, parts: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("prompt", [PROMPTS[0], pytest.param(None, marks=pytest.mark.slow)])
 def test_a_sample_that_is_not_finite_takes_no_part(prompt: str | None, parts: Path, tmp_path: Path) -> None:
     """In whichever process it is; where ``prompt`` is None, all of the second process's."""
-    bad = (
-        f"prompt == {prompt!r}" if prompt else "number >= len(prompts) - (2 if 'RANK' not in os.environ else 2 * rank)"
-    )
+    # Of two processes the second has the last two of four images.
+    last = "number >= (2 if 'RANK' not in os.environ else 2 - 2 * rank)"
+    bad = f"prompt == {prompt!r}" if prompt else last
     what = f"scores = scores + torch.tensor([math.nan if {bad} else 0.0 for number, prompt in enumerate(prompts)])"
     runs = []
     for count in (1, 2):

@@ -116,5 +116,5 @@ def test_positions_are_those_in_the_whole() -> None:
 def test_a_model_that_cannot_be_divided_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leapalign.parallel.sharding.count", lambda: 7)
     model = torch.nn.Linear(BLOCK, BLOCK)
-    with pytest.raises(UserError, match="7 processes cannot share the weights of this model evenly.*start 2, 4 or 8"):
+    with pytest.raises(UserError, match=r"7 processes cannot share the weights of this model evenly.*start 2, 4 or 8"):
         shard(model, [], torch.device("cpu"))
