@@ -29,13 +29,13 @@ KILLS = [
     (0, "surrogate:4"),
     (1, "surrogate:7"),
     (1, "reward:2"),
-    (0, "optimizer:2"),
-    (1, "optimizer:3"),
+    (0, "average:50"),
+    (1, "average:230"),
     (0, "metrics:5"),
     (0, "samples:2"),
     (0, "checkpoint file:1"),
     (0, "checkpoint file:7"),
-    (0, "rename:9"),
+    (0, "rename:6"),
 ]
 
 
@@ -43,7 +43,7 @@ KILLS = [
 def test_killed_anywhere_both_end_and_the_run_is_the_same(
     rank: int, fault: str, two: Path, parts: Path, tmp_path: Path
 ) -> None:
-    settings = config(parts, tmp_path / "run", "optimizer.name=adamw")
+    settings = config(parts, tmp_path / "run")
     codes = begun(["train", "--config", written(settings, tmp_path)], 2, tmp_path, {rank: fault}).exit_codes()
     assert codes[rank] == KILLED
     assert codes[1 - rank] == 2

@@ -11,8 +11,10 @@ import pytest
 from checkpoint_distance import KINDS, distance, same_bits
 from parallel_runs import config
 from tiers import some_slow
+from watched_runs import watched
 
 from leapalign.runs.run_folder import read_metrics
+from leapalign.watch.records import read_watch
 
 pytestmark = pytest.mark.posix
 BOUND = 1e-6
@@ -94,3 +96,29 @@ def test_so_it_is_with_other_settings(case: str, parts: Path, tmp_path: Path) ->
     kinds = [kind for kind in KINDS if kind != "transformer_ema" or case != "average in bfloat16"]
     assert max(distance(runs[1], runs[0], 4, kind) for kind in kinds) <= BOUND * (10 if "adapters" in case else 1)
     close(read_metrics(runs[1]), read_metrics(runs[0]), 1e-3)
+
+
+@pytest.mark.slow
+def test_what_the_watch_sees_and_ends_is_the_same(parts: Path, tmp_path: Path) -> None:
+    """The rule holds after two iterations, and both end."""
+    rule = "watch.stop_when=[drift > 0]"
+    runs = []
+    for count in (1, 2):
+        settings = watched(parts, tmp_path / f"run-{count}", rule, "optimizer.learning_rate=1e-4")
+        runs.append(process_groups.trained(settings, count, tmp_path / str(count)))
+    assert [len(read_metrics(run)) for run in runs] == [2, 2]
+    close(read_watch(runs[1]), read_watch(runs[0]), 1e-4)
+    assert "stopped after iteration 2, as" in process_groups.said(tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_eight_bit_moments_and_bfloat16_weights_stay_near(parts: Path, tmp_path: Path) -> None:
+    """Gradients are rounded to bfloat16 after each velocity, in whichever process: of few weights the next one."""
+    asked = ("optimizer.name=adamw_8bit", "model.dtype=bfloat16")
+    runs = {}
+    for name, count, more in (("one", 1, ()), ("halves", 1, ("rollout.batch_size=2",)), ("two", 2, ())):
+        settings = config(parts, tmp_path / name, *asked, *more)
+        runs[name] = process_groups.trained(settings, count, tmp_path / f"{name}-place")
+    apart = {name: distance(runs[name], runs["one"], 4, "transformer") for name in ("halves", "two")}
+    # One process that makes its rollout in two halves is as far away.
+    assert 0 < apart["two"] <= 1.5 * apart["halves"]
