@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from leapalign.models.velocity import prompted_velocity, require_fit, undetached
 from leapalign.optimizers.host_speed import require_speed, warn_of_patch
 from leapalign.optimizers.optimizer import Optimizer
 from leapalign.parallel import processes
+from leapalign.parallel.sharding import forget_gathered
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.prompts.files import read_prompts
 from leapalign.prompts.order import PromptOrder
@@ -124,7 +126,8 @@ class Trainer:
         # Now, while the weights are the base's: a resumed run's come from a checkpoint later.
         penalty = base_velocity_penalty(config, model, device)
         parameters = [p for p in model.transformer.parameters() if p.requires_grad]
-        optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights)
+        iterations, changed = config.train.iterations, partial(forget_gathered, model.transformer)
+        optimizer = Optimizer(parameters, config.optimizer, config.ema, iterations, config.seed, weights, changed)
         return cls(config, model, prompts, embeddings, rewards, method, optimizer, penalty)
 
     def run(self) -> Iterator[dict[str, float]]:

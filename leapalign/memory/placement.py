@@ -55,7 +55,7 @@ def place(model: Placeable, config: MemoryConfig, device: torch.device) -> HostW
     if model.decoder is not None:
         _move(model.decoder, device)
     if config.optimizer == "device" and config.weights == "resident":
-        shard(model.transformer, blocks_of(model.transformer), device)
+        shard(model.transformer, blocks_of(model.transformer), device, config.shard == "gradients")
         _move(model.transformer, device)
         return None
     held = HostWeights(model.transformer, device, config.stream_buffers if config.weights == "streamed" else None)

@@ -44,8 +44,11 @@ class Optimizer:
         iterations: int,
         seed: int,
         weights: HostWeights | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """``weights``: where they have their masters in host memory, and so have gradients and moments."""
+        """``weights``: where they have their masters in host memory, and so have gradients and moments. ``changed`` is
+        called after each change of the parameters."""
+        self._changed = changed
         self._held = Held(parameters)
         self._parameters = parameters = self._held.own
         self._weights = weights
@@ -155,8 +158,11 @@ class Optimizer:
     def changing_weights(self) -> Iterator[None]:
         """Weights may be changed within the block, and only there."""
         if self._weights is None:
-            with made_for("optimizer"):
-                yield
+            try:
+                with made_for("optimizer"):
+                    yield
+            finally:
+                self._changed()
         else:
             with self._weights.changing(), host_memory("optimizer"):
                 yield

@@ -20,7 +20,6 @@ def refuse_unsupported(config: Config, processes: int) -> None:
             f"rollout.batch_size to a multiple of {processes}"
         )
     for key, has, remedy in (
-        ("memory.shard gradients", config.memory.shard == "gradients", "set it to full"),
         ("memory.weights streamed", config.memory.weights == "streamed", "set it to resident"),
         ("memory.optimizer host", config.memory.optimizer == "host", "set it to device"),
         (

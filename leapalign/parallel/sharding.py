@@ -30,11 +30,12 @@ class Part(nn.Parameter):
     """One of ``count()`` equal parts of a parameter, by its first dimension: that of this process."""
 
 
-def shard(transformer: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+def shard(transformer: nn.Module, blocks: Sequence[nn.Module], device: torch.device, whole_after: bool) -> None:
     """Leaves on ``device`` this process's part of the weights of ``transformer``, gathered ``blocks`` by block.
 
-    Gradients add up over processes, in float32. Nothing happens to that of one process alone. Raises UserError where
-    the weights cannot be divided evenly.
+    whole_after: a forward leaves them gathered, up to a backward or `forget_gathered`. Gradients add up over processes,
+    in float32. Nothing happens to the model of one process alone. Raises UserError where the weights cannot be divided
+    evenly.
     """
     if count() == 1:
         return
@@ -54,12 +55,21 @@ def shard(transformer: nn.Module, blocks: Sequence[nn.Module], device: torch.dev
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     name = type(transformer).__name__
     for module in (*blocks, transformer):
-        # The root, too: gathered once and for all, it would not follow the weights.
-        sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole)
+        # Said of the root, too, which FSDP would leave gathered.
+        sharded = fully_shard(
+            module, mesh=mesh, reshard_after_forward=not whole_after, mp_policy=policy, ignored_params=whole
+        )
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
     # Diffusers writes it into a checkpoint's config, and FSDP has given the class another.
     type(transformer).__name__ = name
+
+
+def forget_gathered(transformer: nn.Module) -> None:
+    """Has weights gathered anew where the parts were changed."""
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _divides(parameter: Tensor) -> bool:

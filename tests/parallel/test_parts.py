@@ -71,7 +71,7 @@ def among_two(name: str, start: Path, end: Path, variables: dict[str, str]) -> N
     torch.set_num_threads(1)
     with joined():
         model = network(KINDS[name])
-        shard(model, blocks_of(model), torch.device("cpu"))
+        shard(model, blocks_of(model), torch.device("cpu"), whole_after=False)
         load_weights(model, start)
         optimizer = optimizer_of(model, name)
         divided = [isinstance(own, Part) for own in optimizer._parameters]
@@ -117,4 +117,4 @@ def test_a_model_that_cannot_be_divided_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("leapalign.parallel.sharding.count", lambda: 7)
     model = torch.nn.Linear(BLOCK, BLOCK)
     with pytest.raises(UserError, match=r"7 processes cannot share the weights of this model evenly.*start 2, 4 or 8"):
-        shard(model, [], torch.device("cpu"))
+        shard(model, [], torch.device("cpu"), whole_after=False)

@@ -66,6 +66,7 @@ def test_a_run_goes_on_with_as_many_processes_as_there_are(
 
 
 CASES = {
+    "gradients divided, weights whole": ("memory.shard=gradients", "train.batch_size=8"),
     "several rollouts": ("train.batch_size=8",),
     "microbatch": ("train.microbatch=1", "train.leaps_per_rollout=2", "train.reward_chunk=1"),
     "blocks recomputed": ("memory.checkpointing=blocks",),
@@ -87,7 +88,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", some_slow(CASES, ["adapters"]))
+@pytest.mark.parametrize("case", some_slow(CASES, ["gradients divided, weights whole"]))
 def test_so_it_is_with_other_settings(case: str, parts: Path, tmp_path: Path) -> None:
     runs = [
         process_groups.trained(config(parts, tmp_path / f"run-{count}", *CASES[case]), count, tmp_path / str(count))
