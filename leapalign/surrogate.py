@@ -129,7 +129,6 @@ def surrogate_backward(
         entries = active.nonzero()
         nested = torch.zeros_like(lam) if discount else None
         parts = entries.split(microbatch or batch) if len(entries) else ()
-        # Weights may be spread over processes, which gather them together: one that has less to do goes along.
         idle = max(gathered(len(parts))) - len(parts)
         for part in parts:
             rows, columns = part.unbind(dim=1)
@@ -152,8 +151,7 @@ def surrogate_backward(
                 for column, term in zip(columns[:count].tolist(), q.to(lam.dtype), strict=False):
                     nested[column] = term
         for _ in range(idle):
-            start, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros_like(lam[:1])
-            _part_vjp(velocity_fn, rollout.latents, levels, start, start, nothing, None, 0, gradient_sink)
+            _go_along(velocity_fn, rollout.latents, levels, lam, gradient_sink)
         if nested is not None:
             lam, direct_norm, nested_norm = combine_gradient_terms(lam, nested, 1.0, discount, plan.max_ratio)
             if applied_discount is not None:
@@ -210,6 +208,15 @@ def _row_groups(discount: list[float], whole: bool) -> Iterator[list[int]]:
         if whole or row == 0 or discount[row] != 0:
             yield group
             group = []
+
+
+def _go_along(
+    velocity_fn: VelocityFn, latents: Tensor, levels: Tensor, lam: Tensor, gradient_sink: GradientSink | None
+) -> None:
+    """A part that adds nothing: weights may be spread over processes, which gather them together, and a process with
+    less to do has to take part."""
+    entry = torch.zeros(1, dtype=torch.int64)
+    _part_vjp(velocity_fn, latents, levels, entry, entry, torch.zeros_like(lam[:1]), None, 0, gradient_sink)
 
 
 def _part_vjp(

@@ -175,7 +175,7 @@ class Trainer:
                 self.embeddings[torch.arange(count)],
                 range(SAMPLE_SEED, SAMPLE_SEED + count),
                 config.rollout.num_steps,
-                config.rollout.batch_size,
+                processes.share(config.rollout.batch_size),
                 "samples",
                 config.rollout.sigmas,
             )
@@ -210,8 +210,7 @@ class Trainer:
         # For all images at once, so that how many share a rollout changes nothing.
         draws = draw_several(self.method, config.train.leaps_per_rollout, config.rollout.num_steps, total, generator)
         parts, self.incidents, skipped = [], [], 0
-        # Of each rollout, every process has as many images.
-        own = size // processes.count()
+        own = processes.share(size)
         for start in range(processes.rank() * own, total, size):
             indices = joined(draws, slice(start, start + own))
             positions = range(first + start, first + start + own)

@@ -40,6 +40,11 @@ def first() -> bool:
     return rank() == 0
 
 
+def share(images: int) -> int:
+    """How many of so many ``images`` a process has at once."""
+    return max(1, images // count())
+
+
 def gathered(value: T) -> list[T]:
     """The values of all processes, in order."""
     if count() == 1:

@@ -100,6 +100,16 @@ def test_so_it_is_with_other_settings(case: str, parts: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", ["full", "gradients"])
+def test_four_processes_make_it_too_and_leave_it_to_two(one: Path, shard: str, parts: Path, tmp_path: Path) -> None:
+    run = process_groups.trained(config(parts, tmp_path / "run", f"memory.shard={shard}"), 4, tmp_path)
+    assert max(distance(run, one, 4, kind) for kind in KINDS) <= BOUND
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    process_groups.trained(config(parts, run), 2, tmp_path / "again", resume=True)
+    assert max(distance(run, one, 4, kind) for kind in KINDS) <= BOUND
+
+
+@pytest.mark.slow
 def test_what_the_watch_sees_and_ends_is_the_same(parts: Path, tmp_path: Path) -> None:
     """The rule holds after two iterations, and both end."""
     rule = "watch.stop_when=[drift > 0]"
