@@ -39,7 +39,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize(("rank", "fault"), some_slow(KILLS, [(1, "surrogate:7"), (0, "checkpoint file:7")]))
+@pytest.mark.parametrize(("rank", "fault"), some_slow(KILLS, [(0, "checkpoint file:7")]))
 def test_killed_anywhere_both_end_and_the_run_is_the_same(
     rank: int, fault: str, two: Path, parts: Path, tmp_path: Path
 ) -> None:
@@ -110,7 +110,8 @@ def test_a_used_folder_is_refused(two: Path, parts: Path, tmp_path: Path) -> Non
     assert said(tmp_path).count("already holds a run") == 1
 
 
-@pytest.mark.parametrize("prompt", [PROMPTS[0], pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", [PROMPTS[0], None])
 def test_a_sample_that_is_not_finite_takes_no_part(prompt: str | None, parts: Path, tmp_path: Path) -> None:
     """In whichever process it is; where ``prompt`` is None, all of the second process's."""
     # Of two processes the second has the last two of four images.

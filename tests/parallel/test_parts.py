@@ -12,6 +12,7 @@ import torch.distributed as dist
 from process_groups import group
 from safetensors.torch import load_file, save_file
 from small_models import small_flux
+from tiers import some_slow
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -92,7 +93,7 @@ def among_two(name: str, start: Path, end: Path, variables: dict[str, str]) -> N
             save_file({**saved, "metrics": rows}, end)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", some_slow(KINDS, ["adamw_8bit"]))
 def test_steps_are_those_of_one_process_to_the_bit(name: str, tmp_path: Path) -> None:
     model = network(KINDS[name])
     save_weights(model, tmp_path / "start")

@@ -10,7 +10,6 @@ import process_groups
 import pytest
 from checkpoint_distance import KINDS, distance, same_bits
 from parallel_runs import config
-from tiers import some_slow
 from watched_runs import watched
 
 from leapalign.runs.run_folder import read_metrics
@@ -47,6 +46,7 @@ def test_they_leave_the_same_files(one: Path, two: Path) -> None:
     assert config_files[0].read_text() == config_files[1].read_text()
 
 
+@pytest.mark.slow
 def test_a_second_time_they_make_the_same_bits(two: Path, parts: Path, tmp_path: Path) -> None:
     again = process_groups.trained(config(parts, tmp_path / "run"), 2, tmp_path)
     assert same_bits(again, two, 4)
@@ -88,7 +88,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", some_slow(CASES, ["gradients divided, weights whole"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_so_it_is_with_other_settings(case: str, parts: Path, tmp_path: Path) -> None:
     runs = [
         process_groups.trained(config(parts, tmp_path / f"run-{count}", *CASES[case]), count, tmp_path / str(count))
