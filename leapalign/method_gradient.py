@@ -92,12 +92,14 @@ def method_backward(
     prompts: Sequence[str],
     *,
     share: float = 1.0,
+    among: int = 1,
     microbatch: int | None = None,
     gradient_sink: GradientSink | None = None,
     penalty: BaseVelocityPenalty | None = None,
 ) -> dict[str, Tensor]:
     """Accumulates the gradient of ``share`` times the method's loss into ``.grad``, or hands it to ``gradient_sink``.
 
+    among: so many processes have an equal part of the images each, and the loss is the mean over those of all.
     indices: of one draw, or of several `joined`; the gradient is the mean over all columns. penalty: is added to the
     loss whose gradient it is, and not to the metric ``loss``; ``base_velocity`` is its distance without its weight.
 
@@ -131,7 +133,7 @@ def method_backward(
         reward = reward.masked_fill(skipped.to(reward.device), term.threshold).requires_grad_()
         gradient = scored.gradient[rewarded]
         loss, diagnostics = method.loss(reward, term.threshold, trajectory, **indices)
-        (loss_gradient,) = torch.autograd.grad(share * term.weight * loss, reward)
+        (loss_gradient,) = torch.autograd.grad(share / among * term.weight * loss, reward)
         parts.append(per_sample(loss_gradient, gradient) * gradient)
         found.append(
             {
@@ -152,7 +154,7 @@ def method_backward(
             microbatch=microbatch,
             gradient_sink=gradient_sink,
             applied_discount=discount,
-            velocity_gradient=share * apart if apart is not None else None,
+            velocity_gradient=share / among * apart if apart is not None else None,
         )
     metrics = {
         **_of_all(objective.terms, found),

@@ -21,6 +21,7 @@ import torch
 from leap_kernels import combine_gradient_terms
 from torch import Tensor
 
+from leapalign.parallel.processes import gathered
 from leapalign.rollout import Rollout, VelocityFn, picked
 from leapalign.velocity_backward import BranchedVelocity, ConditionedVelocity, GradientSink, velocity_vjp
 
@@ -127,7 +128,9 @@ def surrogate_backward(
         active = plan.coefficient[group] != 0 if conditioned else torch.ones(len(group), plan.index.shape[1])
         entries = active.nonzero()
         nested = torch.zeros_like(lam) if discount else None
-        for part in entries.split(microbatch or batch) if len(entries) else ():
+        parts = entries.split(microbatch or batch) if len(entries) else ()
+        idle = max(gathered(len(parts))) - len(parts)
+        for part in parts:
             rows, columns = part.unbind(dim=1)
             # Only the group's first row passes gradient on.
             count = int((rows == 0).sum()) if nested is not None else 0
@@ -147,6 +150,8 @@ def surrogate_backward(
             if q is not None and nested is not None:
                 for column, term in zip(columns[:count].tolist(), q.to(lam.dtype), strict=False):
                     nested[column] = term
+        for _ in range(idle):
+            _go_along(velocity_fn, rollout.latents, levels, lam, gradient_sink)
         if nested is not None:
             lam, direct_norm, nested_norm = combine_gradient_terms(lam, nested, 1.0, discount, plan.max_ratio)
             if applied_discount is not None:
@@ -203,6 +208,15 @@ def _row_groups(discount: list[float], whole: bool) -> Iterator[list[int]]:
         if whole or row == 0 or discount[row] != 0:
             yield group
             group = []
+
+
+def _go_along(
+    velocity_fn: VelocityFn, latents: Tensor, levels: Tensor, lam: Tensor, gradient_sink: GradientSink | None
+) -> None:
+    """A part that adds nothing: weights may be spread over processes, which gather them together, and a process with
+    less to do has to take part."""
+    entry = torch.zeros(1, dtype=torch.int64)
+    _part_vjp(velocity_fn, latents, levels, entry, entry, torch.zeros_like(lam[:1]), None, 0, gradient_sink)
 
 
 def _part_vjp(

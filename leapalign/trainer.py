@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from leapalign.models.protocol import FlowModel
 from leapalign.models.velocity import prompted_velocity, require_fit, undetached
 from leapalign.optimizers.host_speed import require_speed, warn_of_patch
 from leapalign.optimizers.optimizer import Optimizer
+from leapalign.parallel import processes
+from leapalign.parallel.sharding import forget_gathered
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.prompts.files import read_prompts
 from leapalign.prompts.order import PromptOrder
@@ -123,7 +126,8 @@ class Trainer:
         # Now, while the weights are the base's: a resumed run's come from a checkpoint later.
         penalty = base_velocity_penalty(config, model, device)
         parameters = [p for p in model.transformer.parameters() if p.requires_grad]
-        optimizer = Optimizer(parameters, config.optimizer, config.ema, config.train.iterations, config.seed, weights)
+        iterations, changed = config.train.iterations, partial(forget_gathered, model.transformer)
+        optimizer = Optimizer(parameters, config.optimizer, config.ema, iterations, config.seed, weights, changed)
         return cls(config, model, prompts, embeddings, rewards, method, optimizer, penalty)
 
     def run(self) -> Iterator[dict[str, float]]:
@@ -171,7 +175,7 @@ class Trainer:
                 self.embeddings[torch.arange(count)],
                 range(SAMPLE_SEED, SAMPLE_SEED + count),
                 config.rollout.num_steps,
-                config.rollout.batch_size,
+                processes.share(config.rollout.batch_size),
                 "samples",
                 config.rollout.sigmas,
             )
@@ -206,9 +210,10 @@ class Trainer:
         # For all images at once, so that how many share a rollout changes nothing.
         draws = draw_several(self.method, config.train.leaps_per_rollout, config.rollout.num_steps, total, generator)
         parts, self.incidents, skipped = [], [], 0
-        for start in range(0, total, size):
-            indices = joined(draws, slice(start, start + size))
-            positions = range(first + start, first + start + size)
+        own = processes.share(size)
+        for start in range(processes.rank() * own, total, size):
+            indices = joined(draws, slice(start, start + own))
+            positions = range(first + start, first + start + own)
             part = self._accumulate(positions, indices, share=size / total)
             faults = part.pop("fault")
             if float((faults == 0).float().mean()) < 1:
@@ -216,9 +221,10 @@ class Trainer:
             parts.append(part)
         # The first part may have measured more than the others.
         columns = {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
+        self.incidents = [incident for of_one in processes.gathered(self.incidents) for incident in of_one]
         return {
-            **{name: float(column.nanmean()) for name, column in columns.items()},
-            "skipped_samples": float(skipped),
+            **{name: float(column.nanmean()) for name, column in processes.rows_of_all(columns).items()},
+            "skipped_samples": float(sum(processes.gathered(skipped))),
         }
 
     def _note_faults(self, faults: list[int], positions: range, indices: dict[str, Tensor]) -> int:
@@ -243,7 +249,8 @@ class Trainer:
         }
 
     def _accumulate(self, positions: range, indices: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-        """Adds the gradient of ``share`` times the mean loss over the images at ``positions`` of the run."""
+        """Adds this process's part of the gradient of ``share`` times the mean loss over a rollout's images, of which
+        it has those at ``positions`` of the run."""
         config = self.config
         chosen = [self.order[position] for position in positions]
         prompts = [self.prompts[index] for index in chosen]
@@ -264,6 +271,7 @@ class Trainer:
             objective,
             prompts,
             share=share / config.model.gradient_divisor,
+            among=processes.count(),
             microbatch=microbatch,
             gradient_sink=self.optimizer.gradient_sink,
             penalty=self.penalty,

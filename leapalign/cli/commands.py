@@ -50,6 +50,16 @@ def demo_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def train_command(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from leapalign.cli.many import among_processes, launched
+
+    if arguments.processes != 1:
+        launched(arguments, overrides)
+        return
+    with among_processes():
+        _train_run(arguments, overrides)
+
+
+def _train_run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from leapalign.config.resuming import refuse_changes
     from leapalign.runs.opening import opened_run
     from leapalign.runs.run_folder import read_metrics

@@ -37,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", type=path_argument, metavar="RUN", help="run to continue, RUN/checkpoints/step-N, or latest"
     )
+    train.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="on N GPUs of this machine, default 1 (docs/many_gpus.md)"
+    )
     train.set_defaults(execute=run.train_command)
 
     generate = commands.add_parser("generate", help="images from a run or a base model", epilog=OVERRIDES)

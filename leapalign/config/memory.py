@@ -17,6 +17,9 @@ class MemoryConfig:
     the device then copies."""
     weights: Literal["resident", "streamed"] = "resident"
     """All weights on the device; or blocks copied from host memory as they are needed (with optimizer: host)."""
+    shard: Literal["full", "gradients"] = "full"
+    """Of several processes each has a part of weights, gradients, moments and average; or of all but the weights. One
+    process has all."""
     stream_buffers: Annotated[int, Field(ge=2, le=1000)] = 3
     """Blocks on the device at a time, for streamed weights."""
     checkpointing: Literal["none", "blocks", "attention"] = "none"

@@ -71,6 +71,7 @@ RESUMED: dict[str, str] = {
     "train.image_clamp": MAY_CHANGE,
     "memory.optimizer": MAY_CHANGE,
     "memory.weights": MAY_CHANGE,
+    "memory.shard": MAY_CHANGE,
     "memory.stream_buffers": MAY_CHANGE,
     "memory.checkpointing": MAY_CHANGE,
     "memory.checkpoint_every": MAY_CHANGE,

@@ -7,6 +7,12 @@ import itertools
 from torch import nn
 
 
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """All blocks, in the order of their lists."""
+    lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]
+
+
 def linear_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer by its name in ``transformer``, blocks or not."""
     return {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}

@@ -12,9 +12,11 @@ from torch import nn
 
 from leapalign.config import MemoryConfig
 from leapalign.memory.attention import set_attention
+from leapalign.memory.blocks import blocks_of
 from leapalign.memory.checkpointing import prepare_decoder, prepare_model
 from leapalign.memory.host_rewards import HostReward
 from leapalign.memory.host_weights import HostWeights
+from leapalign.parallel.sharding import shard
 
 
 class Placeable(Protocol):
@@ -42,6 +44,8 @@ def training_device() -> torch.device:
 def place(model: Placeable, config: MemoryConfig, device: torch.device) -> HostWeights | None:
     """Moves ``model`` to ``device``, or the weights that are trained to host memory.
 
+    Of weights on the device each of several processes has a part.
+
     Returns what keeps the device's copies of host weights, None for weights on the device. Raises UserError for an
     attention backend that does not work here, and for models that cannot recompute blocks.
     """
@@ -51,6 +55,7 @@ def place(model: Placeable, config: MemoryConfig, device: torch.device) -> HostW
     if model.decoder is not None:
         _move(model.decoder, device)
     if config.optimizer == "device" and config.weights == "resident":
+        shard(model.transformer, blocks_of(model.transformer), device, config.shard == "gradients")
         _move(model.transformer, device)
         return None
     held = HostWeights(model.transformer, device, config.stream_buffers if config.weights == "streamed" else None)

@@ -13,6 +13,7 @@ from torch import Tensor
 from leapalign.models.adapter_files import FILE as ADAPTER_FILE
 from leapalign.models.adapter_files import read_adapter
 from leapalign.models.lora import adapter_alpha, adapter_parameters, has_adapter, save_adapter
+from leapalign.parallel.sharding import as_held
 from leapalign.storage.modes import save_pretrained
 
 
@@ -47,7 +48,7 @@ def _stating(transformer: Any, values: Sequence[Tensor]) -> Iterator[None]:
 def load_weights(transformer: Any, folder: Path) -> None:
     """Sets what is trained to what `save_weights` wrote. Raises RuntimeError for weights of another model."""
     values = read_weights(folder)
-    missing, unexpected = transformer.load_state_dict(values, strict=not has_adapter(transformer))
+    missing, unexpected = transformer.load_state_dict(as_held(transformer, values), strict=not has_adapter(transformer))
     lost = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad} & set(missing)
     if lost or unexpected:
         raise RuntimeError(

@@ -21,6 +21,9 @@ from leapalign.memory.host_weights import HostWeights
 from leapalign.memory.residency import host_memory, made_for, note_host_work
 from leapalign.optimizers import get_optimizer
 from leapalign.optimizers.weight_average import WeightAverage
+from leapalign.parallel.processes import count, gathered, mean_of_all, rank
+from leapalign.parallel.processes import first as is_first
+from leapalign.parallel.sharding import Held, Part
 from leapalign.streams import AVERAGE_STREAM, ROUNDING_STREAM, seed_of
 
 _METER_ELEMENTS = 4096
@@ -41,9 +44,13 @@ class Optimizer:
         iterations: int,
         seed: int,
         weights: HostWeights | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """``weights``: where they have their masters in host memory, and so have gradients and moments."""
-        self._parameters = parameters
+        """``weights``: where they have their masters in host memory, and so have gradients and moments. ``changed`` is
+        called after each change of the parameters."""
+        self._changed = changed
+        self._held = Held(parameters)
+        self._parameters = parameters = self._held.own
         self._weights = weights
         self.offending: int | None = None
         self._gradients = HostGradients(parameters, weights.device) if weights else None
@@ -80,11 +87,11 @@ class Optimizer:
         """
         if self._gradients is not None:
             self._gradients.wait()
+        self._held.take_gradients()
         with self.changing_weights():
             gradients = [self._gradient_of(parameter) for parameter in self._parameters]
-            present = [gradient for gradient in gradients if gradient is not None]
             # The device is waited for here, as nothing may move where the norm is not finite, and for the share.
-            norm = float(total_norm(present))
+            norm = self._norm(gradients)
             skipped = hold or not math.isfinite(norm)
             moved = 0.0 if skipped else self._move(gradients, norm)
             self.offending = None if math.isfinite(norm) else self._first_not_finite(gradients)
@@ -97,7 +104,7 @@ class Optimizer:
     def bad_weight(self) -> int | None:
         """The number of the first parameter that is not finite; None where all are."""
         with self.changing_weights():
-            if math.isfinite(float(total_norm(self._parameters))):
+            if math.isfinite(self._norm(self._parameters)):
                 return None
             return self._first_not_finite(self._parameters)
 
@@ -111,7 +118,18 @@ class Optimizer:
         self.rule.step()
         changed = [new != old for new, old in zip(_watched(self._parameters), before, strict=True)]
         self.average.update()
-        return float(torch.cat(changed).float().mean())
+        return mean_of_all(torch.cat(changed).float())
+
+    def _norm(self, tensors: Sequence[Tensor | None]) -> float:
+        """Of ``tensors``, one a parameter, as a whole; of those that are divided, with the parts of all processes."""
+        divided, alike = list[Tensor](), list[Tensor]()
+        for parameter, tensor in zip(self._parameters, tensors, strict=True):
+            if tensor is not None:
+                (divided if isinstance(parameter, Part) else alike).append(tensor)
+        if count() == 1:
+            return float(total_norm(alike))
+        norms = gathered(tuple(float(total_norm(some)) if some else 0.0 for some in (divided, alike)))
+        return math.sqrt(sum(part**2 for part, _ in norms) + norms[0][1] ** 2)
 
     def _note_step(self, gradients: Sequence[Tensor | None]) -> None:
         """Of a step in host memory: gradients are read for their norm and by the step, weights and moments change."""
@@ -121,10 +139,8 @@ class Optimizer:
 
     def _first_not_finite(self, tensors: Sequence[Tensor | None]) -> int | None:
         """None where each tensor is finite, and only the sum of their squares is not."""
-        for number, tensor in enumerate(tensors):
-            if tensor is not None and not bool(tensor.isfinite().all()):
-                return number
-        return None
+        bad = (n for n, tensor in enumerate(tensors) if tensor is not None and not bool(tensor.isfinite().all()))
+        return min((number for number in gathered(next(bad, None)) if number is not None), default=None)
 
     @property
     def gradient_sink(self) -> Callable[[Tensor, Tensor], None] | None:
@@ -142,8 +158,11 @@ class Optimizer:
     def changing_weights(self) -> Iterator[None]:
         """Weights may be changed within the block, and only there."""
         if self._weights is None:
-            with made_for("optimizer"):
-                yield
+            try:
+                with made_for("optimizer"):
+                    yield
+            finally:
+                self._changed()
         else:
             with self._weights.changing(), host_memory("optimizer"):
                 yield
@@ -152,7 +171,25 @@ class Optimizer:
         return self._gradients[parameter] if self._gradients is not None else parameter.grad
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors ``PARAMETER.KEY``, parameters numbered in order."""
+        """The state as named tensors ``PARAMETER.KEY``, parameters numbered in order.
+
+        In the first process they are whole, where all call this.
+        """
+        return {name: self._held.whole(int(name.partition(".")[0]), value) for name, value in self._tensors().items()}
+
+    def state_bytes(self) -> int:
+        """Bytes of `tensors`."""
+        return sum(self._held.bytes_of_all(int(n.partition(".")[0]), value) for n, value in self._tensors().items())
+
+    def weights(self) -> list[Tensor]:
+        """The trained weights; whole as `tensors` are."""
+        return [self._held.whole(number, parameter.detach()) for number, parameter in enumerate(self._parameters)]
+
+    def averages(self) -> list[Tensor]:
+        """Their average in their dtypes, in host memory; whole as `tensors` are."""
+        return [self._held.whole(number, average) for number, average in enumerate(self.average.as_weights())]
+
+    def _tensors(self) -> dict[str, Tensor]:
         named = {
             f"{index}.{key}": value
             for index, parameter in enumerate(self._parameters)
@@ -184,14 +221,16 @@ class Optimizer:
                 "choose another output"
             )
         for number, value in enumerate(average):
-            self.average.tensors[number].copy_(tensors.pop(f"{number}.average", value))
+            self.average.tensors[number].copy_(self._held.part(number, tensors.pop(f"{number}.average", value)))
         self.average.updates = scalars["average_updates"]
         with self.changing_weights():
             for name, value in tensors.items():
                 index, key = name.split(".", 1)
                 parameter = self._parameters[int(index)]
                 # The count of steps stays on the CPU, as PyTorch has it.
-                self.rule.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+                self.rule.state[parameter][key] = (
+                    value if key == "step" else self._held.part(int(index), value).to(parameter.device)
+                )
         self.schedule = self._scheduled(scalars["iterations"])
 
 
@@ -199,5 +238,8 @@ def _watched(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """A copy of the first weights of all parameters, by dtype: on a GPU, PyTorch joins many tensors of one at once."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
-        by_dtype.setdefault(parameter.dtype, []).append(parameter.detach().flatten()[:_METER_ELEMENTS])
+        # A part as far as it has some of the first, and what all processes have by one of them.
+        divided = isinstance(parameter, Part)
+        seen = _METER_ELEMENTS - rank() * parameter.numel() if divided else _METER_ELEMENTS * is_first()
+        by_dtype.setdefault(parameter.dtype, []).append(parameter.detach().flatten()[: max(0, seen)])
     return [torch.cat(first) for first in by_dtype.values()]

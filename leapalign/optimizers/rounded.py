@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.config import OptimizerConfig
+from leapalign.parallel.sharding import positions
 from leapalign.storage.faults import point
 
 
@@ -49,9 +50,9 @@ class RoundedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         (group,) = self.param_groups
         # Every step and parameter draws from positions of its own.
-        total, position = sum(parameter.numel() for parameter in group["params"]), 0
+        starts, total = positions(group["params"])
         parameters, gradients, steps, offsets = [], [], [], []
-        for parameter, gradient in zip(group["params"], self.gradients, strict=True):
+        for parameter, gradient, position in zip(group["params"], self.gradients, starts, strict=True):
             if gradient is not None:
                 count = self.state[parameter]["step"]
                 count += 1
@@ -59,6 +60,5 @@ class RoundedOptimizer(torch.optim.Optimizer):
                 gradients.append(gradient)
                 steps.append(int(count))
                 offsets.append((steps[-1] - 1) * total + position)
-            position += parameter.numel()
         self.step_all(parameters, gradients, group["lr"], steps, offsets)
         point("optimizer")

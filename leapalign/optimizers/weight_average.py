@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from leapalign.config import EmaConfig
 from leapalign.memory.residency import host_memory, note_host_work
 from leapalign.memory.transfer import ToHost
+from leapalign.parallel.sharding import positions
 from leapalign.storage.faults import point
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,9 +65,9 @@ class WeightAverage:
         if decay == 1:
             return
         # Every update draws from positions of its own.
-        position = (self.updates - 1) * sum(average.numel() for average in self.tensors)
-        for average, parameter in zip(self.tensors, self._parameters, strict=True):
-            move = partial(self._move, average, decay, position)
+        starts, total = positions(self._parameters)
+        for average, parameter, start in zip(self.tensors, self._parameters, starts, strict=True):
+            move = partial(self._move, average, decay, (self.updates - 1) * total + start)
             # Of another dtype than float32 it is widened, moved and rounded, which is three passes.
             wide = 0 if average.dtype == torch.float32 else 4 * 4 * average.numel()
             note_host_work(2 * average.nbytes + parameter.nbytes + wide)
@@ -74,7 +75,6 @@ class WeightAverage:
                 move(parameter.detach())
             else:
                 self._to_host.send(parameter.detach(), move)
-            position += average.numel()
             point("average")
         if self._to_host is not None:
             self._to_host.wait()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from leapalign.inputs.failures import says_full
 from leapalign.inputs.validation import UserError, brief
 from leapalign.memory.residency import Role, Stage, watched
+from leapalign.parallel.sharding import local
 from leapalign.planning.fit import change
 from leapalign.planning.simulate import gib
 from leapalign.trainer import Trainer
@@ -64,8 +65,8 @@ def bytes_by_role(trainer: Trainer) -> Counter[Role]:
     }
     found: Counter[Role] = Counter()
     for role, tensors in parts.items():
-        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.device == device}
-        found[role] = sum(storages.values())
+        storages = [tensor.untyped_storage() for tensor in map(local, tensors) if tensor.device == device]
+        found[role] = sum({one._cdata: one.nbytes() for one in storages}.values())
     if device.type == "cuda":
         found["activations"] = torch.cuda.memory_allocated(device) - found.total()
     return found

@@ -21,6 +21,7 @@ from leapalign.inputs.validation import UserError, brief
 from leapalign.models.lora import has_adapter
 from leapalign.models.weights import load_weights, read_weights, save_weights
 from leapalign.optimizers.optimizer import Optimizer
+from leapalign.parallel.processes import count, first, wait
 from leapalign.storage.durable import make_folder, partial_of, rename, require_space, sync_tree, writing
 from leapalign.storage.faults import point
 from leapalign.storage.manifest import damage, write_manifest
@@ -119,6 +120,9 @@ def save_checkpoint(
     written. Those before it are then as they were.
     """
     final = step_folder(run, iteration)
+    if not first():
+        _hand_over(optimizer)
+        return final
     partial = partial_of(final)
     with writing(final):
         make_folder(final.parent)
@@ -131,7 +135,16 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             raise
         _delete_surplus(run, keep, best_first)
+    wait()
     return final
+
+
+def _hand_over(optimizer: Optimizer) -> None:
+    """Gives the first process what it writes, in the order of `_write`, and returns when it is on the disk."""
+    optimizer.weights()
+    optimizer.averages()
+    optimizer.tensors()
+    wait()
 
 
 def require_space_for_all(
@@ -159,9 +172,9 @@ def _write(folder: Path, iteration: int, transformer: Any, optimizer: Optimizer)
     folder.mkdir()
     # Those in host memory themselves, and not what the device has of them, which would be copied back.
     with optimizer.changing_weights():
-        save_weights(transformer, folder / TRANSFORMER)
+        save_weights(transformer, folder / TRANSFORMER, optimizer.weights() if count() > 1 else None)
     point("checkpoint file")
-    save_weights(transformer, folder / AVERAGE, optimizer.average.as_weights())
+    save_weights(transformer, folder / AVERAGE, optimizer.averages())
     point("checkpoint file")
     save_file(optimizer.tensors(), folder / "optimizer.safetensors")
     point("checkpoint file")
@@ -179,9 +192,9 @@ def _size(transformer: Any, optimizer: Optimizer) -> int:
         saved = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     else:
         saved = list(transformer.state_dict().values())
-    # The average is saved in the dtype of the weights.
-    tensors = [*saved, *saved, *optimizer.tensors().values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _HEADERS
+    # The average is saved in their dtype.
+    weights = 2 * sum(tensor.numel() * tensor.element_size() for tensor in saved)
+    return weights + optimizer.state_bytes() + _HEADERS
 
 
 def _delete_surplus(run: Path, keep: int, best_first: Iterable[int]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from leapalign.config import Config
 from leapalign.config.resuming import refuse_changes
 from leapalign.inputs.validation import UserError
+from leapalign.parallel.processes import count, first
+from leapalign.parallel.refusals import refuse_unsupported
 from leapalign.prompts.files import read_prompts
 from leapalign.runs.checkpoint import iteration_of, latest_checkpoint, named_checkpoint
 from leapalign.runs.history import recorded, trained_with
@@ -44,6 +46,7 @@ def opened_run(config: Config, resume: bool, step: int | None = None) -> Iterato
     anything is written.
     """
     folder = Path(config.output)
+    refuse_unsupported(config, count())
     with contextlib.ExitStack() as held:
         if resume:
             if not folder.is_dir():
@@ -51,7 +54,7 @@ def opened_run(config: Config, resume: bool, step: int | None = None) -> Iterato
                     f"there is no run '{folder}' to go on with; check --resume, or leave it out to begin one"
                 )
             # At once: a second model in memory could end the first process.
-            held.enter_context(run_lock(folder))
+            _lock(folder, held)
             checkpoint = latest_checkpoint(folder) if step is None else named_checkpoint(folder, step)
             if checkpoint is not None:
                 _refuse_changes(config, iteration_of(checkpoint))
@@ -59,11 +62,17 @@ def opened_run(config: Config, resume: bool, step: int | None = None) -> Iterato
         else:
             refuse_used_folder(folder)
             run = Run.from_config(config)
-            with writing(folder):
-                make_folder(folder)
-            held.enter_context(run_lock(folder))
+            _lock(folder, held)
             refuse_used_folder(folder)
         yield run
+
+
+def _lock(folder: Path, held: contextlib.ExitStack) -> None:
+    """Makes ``folder``, and holds its lock as long as ``held``, for all processes of the run."""
+    if first():
+        with writing(folder):
+            make_folder(folder)
+        held.enter_context(run_lock(folder))
 
 
 def _refuse_changes(config: Config, iteration: int) -> None:

@@ -13,6 +13,7 @@ from leapalign.config import Config, save_config
 from leapalign.inputs.prompt_limits import warn_of_cut
 from leapalign.inputs.validation import UserError
 from leapalign.memory.residency import Stage, stage, watched
+from leapalign.parallel import processes
 from leapalign.planning.shortage import shortage_explained
 from leapalign.prompts.embeddings import embeddings_of
 from leapalign.reports.pictures import image_grid
@@ -25,7 +26,7 @@ from leapalign.runs.checkpoint import (
     save_checkpoint,
 )
 from leapalign.runs.history import note_settings, recorded
-from leapalign.runs.run_folder import MetricsLog, later_samples
+from leapalign.runs.run_folder import MetricsLog, NoLog, later_samples
 from leapalign.runs.setting_aside import set_aside
 from leapalign.storage.durable import beside, make_folder, writing
 from leapalign.storage.faults import point
@@ -84,10 +85,13 @@ class Run:
         before training.
         """
         config, trainer = self.config, self.trainer
-        self._prepare_folder()
+        processes.wait()  # until all have read what is there
+        if processes.first():
+            self._prepare_folder()
+        log_of = MetricsLog if processes.first() else NoLog
         seconds, told = 0.0, time.monotonic()
         with (
-            MetricsLog(self.folder, trainer.iteration) as log,
+            log_of(self.folder, trainer.iteration) as log,
             progress("train", config.train.iterations, "it", trainer.iteration) as bar,
             shortage_explained(trainer),
             watched(self._shown_on(bar)),
@@ -116,7 +120,7 @@ class Run:
                     self._save_samples()
                 if self.watch and self.watch.due(trainer.iteration):
                     self._measure(log)
-                ending = stopping() or self._stopped
+                ending = processes.any_of(stopping() or self._stopped)
                 # Last: a resumed run goes on after its checkpoint, so all else must be on the disk before.
                 if last or ending or trainer.iteration % config.checkpoint.every == 0:
                     self._save_checkpoint()
@@ -185,6 +189,8 @@ class Run:
         """A grid of the trainer's samples."""
         trainer = self.trainer
         images = trainer.draw_samples()
+        if not processes.first():
+            return
         folder = self.folder / "samples"
         with writing(folder):
             make_folder(folder)

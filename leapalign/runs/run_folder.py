@@ -91,3 +91,24 @@ class MetricsLog:
         with writing(self._run / METRICS):
             self._file.close()
             self._events.close()
+
+
+class NoLog(MetricsLog):
+    """That of a process which leaves writing to the first one."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def write(self, record: Mapping[str, float]) -> None:
+        pass
+
+    def write_incidents(self, incidents: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def write_watch(self, record: dict[str, float]) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from leapalign.parallel.processes import first
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -24,6 +26,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         if requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         requested.append(number)
+        if not first():
+            return
         # Not print: the signal may have come within one.
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this iteration; Ctrl-C stops at once\n")

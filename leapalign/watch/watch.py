@@ -20,6 +20,7 @@ from leapalign.inputs.validation import UserError
 from leapalign.memory.placement import lent_device
 from leapalign.memory.residency import host_memory
 from leapalign.models.protocol import FlowModel
+from leapalign.parallel.processes import first, share
 from leapalign.prompts.files import read_prompts
 from leapalign.reward_gradient import RewardFn, RewardTerm, scores_of
 from leapalign.rewards import get_reward, reward_terms
@@ -120,7 +121,8 @@ class Watch:
         if iteration == 0:
             with host_memory("latents"):
                 self.base, self.base_latents = record, torch.cat(latents)
-            save_base(Path(self.config.output), self.base_latents, self.config, self.prompts)
+            if first():
+                save_base(Path(self.config.output), self.base_latents, self.config, self.prompts)
         assert self.base is not None, "recall comes first"
         self.stop = first_to_hold(self.rules, record, self.base)
         return record
@@ -129,7 +131,7 @@ class Watch:
     def _measured(self, model: FlowModel, trained: Sequence[RewardTerm]) -> tuple[dict[str, float], list[Tensor]]:
         """`metric_names` with their means; the latents of each batch, unless the base's are known."""
         config = self.config
-        count, size = len(self.prompts) * config.watch.seeds, config.rollout.batch_size
+        count, size = len(self.prompts) * config.watch.seeds, share(config.rollout.batch_size)
         sigmas = model.sigmas(config.rollout.num_steps, config.rollout.sigmas)
         columns, smalls, made = defaultdict[str, list[Tensor]](list), list[Tensor](), list[Tensor]()
         with (

@@ -65,6 +65,7 @@ SHOWN = {
     "train.reward_chunk": "1",
     "memory.optimizer": "host",
     "memory.weights": "streamed",
+    "memory.shard": "gradients",
     "memory.stream_buffers": "2",
     "memory.checkpointing": "blocks",
     "memory.checkpoint_decoder": "true",
