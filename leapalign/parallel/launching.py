@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -18,7 +19,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     """Runs ``leapalign`` with ``arguments`` in so many ``processes``.
 
     Returns the exit code of the first that failed, with which the others are ended, or 0. Raises UserError where it was
-    killed.
+    killed from outside.
     """
     # As many threads as the machine has, not as many in each.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -33,6 +34,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "leapalign.cli", *arguments)
+    except SignalException as error:
+        return 128 + int(error.sigval)  # as a shell has it; the processes were asked to stop, and have
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         if failure.exitcode >= 0:

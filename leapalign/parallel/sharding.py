@@ -42,7 +42,7 @@ def shard(transformer: nn.Module, blocks: Sequence[nn.Module], device: torch.dev
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError("this PyTorch cannot add up gradients over processes; install the one of constraints.txt")
     parameters = list(transformer.parameters())
-    whole = {parameter for parameter in parameters if not _divides(parameter)}
+    whole = {parameter for parameter in parameters if not divides(parameter)}
     sizes = [sum(one.numel() for one in some) for some in (whole, parameters)]
     if sizes[0] > (1 - _LEAST) * sizes[1]:
         raise UserError(
@@ -72,7 +72,8 @@ def forget_gathered(transformer: nn.Module) -> None:
             module.reshard()
 
 
-def _divides(parameter: Tensor) -> bool:
+def divides(parameter: Tensor) -> bool:
+    """Whether each process can have an equal part of ``parameter``, of whole blocks."""
     return parameter.dim() > 0 and parameter.shape[0] % count() == 0 and parameter.numel() % (count() * BLOCK) == 0
 
 

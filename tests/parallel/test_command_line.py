@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from parallel_runs import config
 from process_groups import written
 
 from leapalign.cli import main
+from leapalign.runs.checkpoint import checkpoints_of
 from leapalign.runs.run_folder import read_metrics
 
 pytestmark = pytest.mark.posix
@@ -47,20 +50,38 @@ def test_bad_input_is_one_sentence(words: list[str], parts: Path, tmp_path: Path
     assert "optimizer.name adafactor works with one process only" in done.stderr
 
 
-@pytest.mark.slow
-def test_a_killed_process_ends_all_with_a_sentence_within_30_seconds(parts: Path, tmp_path: Path) -> None:
-    asked = config(parts, tmp_path / "run", "train.iterations=400", "checkpoint.every=400", "samples.every=0")
-    metrics = tmp_path / "run" / "metrics.jsonl"
+@contextlib.contextmanager
+def training(parts: Path, place: Path) -> Iterator[subprocess.Popen[str]]:
+    """A long run of two processes that has begun, in ``place / "run"``."""
+    asked = config(parts, place / "run", "train.iterations=400", "checkpoint.every=400", "samples.every=0")
+    metrics = place / "run" / "metrics.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [*BY_ITSELF, "--config", written(asked, tmp_path)]
+    words = [*BY_ITSELF, "--config", written(asked, place)]
     with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
         while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
             time.sleep(0.1)
+        yield process
+
+
+@pytest.mark.slow
+def test_asked_to_stop_it_has_all_stop_in_good_order(parts: Path, tmp_path: Path) -> None:
+    with training(parts, tmp_path) as process:
+        process.send_signal(signal.SIGTERM)
+        heard = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM, heard
+    done = len(read_metrics(tmp_path / "run"))
+    assert list(checkpoints_of(tmp_path / "run")) == [done] != [400]
+    assert heard.count(f"stopped after iteration {done}; continue with") == 1
+    assert "Traceback" not in heard
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_with_a_sentence_within_30_seconds(parts: Path, tmp_path: Path) -> None:
+    with training(parts, tmp_path) as process:
         os.kill(int((tmp_path / "run" / "run.pid").read_text()), signal.SIGKILL)
         killed = time.monotonic()
-        assert process.stderr is not None
-        heard = process.stderr.read()
-        assert process.wait() == 2, heard
+        heard = process.communicate()[1]
+    assert process.returncode == 2, heard
     assert time.monotonic() - killed < 30
     assert "process 0 of 2 was ended by SIGKILL" in heard
     assert read_metrics(tmp_path / "run")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import FluxTransformer2DModel
 from process_groups import group
 from safetensors.torch import load_file, save_file
 from small_models import small_flux
@@ -22,7 +23,7 @@ from leapalign.memory.blocks import blocks_of
 from leapalign.models.weights import load_weights, save_weights
 from leapalign.optimizers.optimizer import Optimizer
 from leapalign.parallel.processes import joined, rank
-from leapalign.parallel.sharding import BLOCK, Part, part_of, positions, shard
+from leapalign.parallel.sharding import BLOCK, Part, divides, part_of, positions, shard
 
 pytestmark = pytest.mark.posix
 STEPS = 3
@@ -112,6 +113,16 @@ def test_steps_are_those_of_one_process_to_the_bit(name: str, tmp_path: Path) ->
 
 def test_positions_are_those_in_the_whole() -> None:
     assert positions([torch.zeros(2, 3), torch.zeros(5)]) == ([0, 6], 11)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 8])
+def test_nearly_all_of_flux_is_divided(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of FLUX.1-dev, whose sizes are the defaults of its class."""
+    monkeypatch.setattr("leapalign.parallel.sharding.count", lambda: count)
+    with torch.device("meta"):
+        parameters = list(FluxTransformer2DModel(guidance_embeds=True).parameters())
+    whole = sum(parameter.numel() for parameter in parameters if not divides(parameter))
+    assert whole <= sum(parameter.numel() for parameter in parameters) / 8000
 
 
 def test_a_model_that_cannot_be_divided_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
