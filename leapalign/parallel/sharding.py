@@ -49,7 +49,7 @@ def shard(transformer: nn.Module, blocks: Sequence[nn.Module], device: torch.dev
             f"{count()} processes cannot share the weights of this model evenly, of which {sizes[0] / sizes[1]:.0%} "
             "cannot be divided so; start 2, 4 or 8"
         )
-    # Of weights that are changed in place: ours are, between iterations, when none is gathered.
+    # It warns whoever would change a block's output in place; gradients are held to those of one process.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     mesh = init_device_mesh(device.type, (count(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
