@@ -23,7 +23,7 @@ WINDOW = 7
 def draw(study: Study, records: Records, path: Path) -> None:
     """Save the figure as a PNG; arms without results are left out."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    colors = dict(zip(study.arms, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    colors = {arm: plt.get_cmap("tab20")(number) for number, arm in enumerate(study.arms)}
     for arm in study.arms:
         courses = _courses(study, records, arm)
         if courses:
